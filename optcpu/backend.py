@@ -1,0 +1,250 @@
+"""The compiler backend: Inductor with optcpu's passes. The only file that touches Inductor.
+
+Dynamo hands over one captured graph at a time. AOTAutograd traces forward and backward as one joint
+graph, on which the ``"joint"`` passes run through Inductor's ``joint_custom_pre_pass`` hook. The
+partitioner splits it, and on each half the ``"split"`` passes run before the graph enters Inductor, so
+that its own cache key covers their result. The joint passes have no such luck: AOTAutograd's cache is
+looked up before they run, so their key enters through ``uuid()``.
+"""
+
+from __future__ import annotations
+
+import copy
+import warnings
+from collections.abc import Callable, Sequence
+from typing import Any
+
+from torch import fx
+from torch._functorch import config as functorch_config
+from torch._functorch._aot_autograd.utils import make_boxed_func
+from torch._inductor.compile_fx import compile_fx, compile_fx_inner
+from torch._inductor.custom_graph_pass import CustomGraphPass
+from torch._inductor.decomposition import select_decomp_table
+from torch._inductor.fx_passes.post_grad import view_to_reshape
+
+import passes
+from optcpu.errors import CompileError, FallbackWarning
+from optcpu.pipeline import Pipeline, default_passes, resolve_precision
+from optcpu.record import Fallback, GraphKind, GraphRun, Record
+
+
+class Backend:
+    """A backend for :func:`torch.compile` that runs one pipeline.
+
+    Args:
+        pipeline: the passes.
+        fallback: whether a part that cannot be compiled runs eagerly, with one warning, or raises
+            :class:`optcpu.errors.CompileError`.
+        record: where what happens is written down.
+        codegen: whether Inductor generates code for the rewritten graphs; without it they are run one
+            operator at a time, which needs no C++ compiler and starts faster.
+    """
+
+    def __init__(
+        self,
+        pipeline: Pipeline,
+        *,
+        fallback: bool = True,
+        record: Record | None = None,
+        codegen: bool = True,
+    ) -> None:
+        self.pipeline = pipeline
+        self.fallback = fallback
+        self.codegen = codegen
+        self.record = record if record is not None else Record()
+
+    def __call__(self, module: fx.GraphModule, example_inputs: Sequence[Any]) -> Callable[..., Any]:
+        """Compile one captured graph; the calling convention of Dynamo's backends."""
+        region = self.record.regions
+        self.record.regions += 1
+        if self.record.keep_graphs:
+            self.record.captured.append(copy.deepcopy(module.graph))
+        eager = fx.GraphModule(module, copy.deepcopy(module.graph))
+        # Served from its cache, a graph would pass by the passes and leave nothing to look at.
+        cached = self.codegen and not self.record.keep_graphs
+        try:
+            with functorch_config.patch(enable_autograd_cache=cached):
+                compiled: Any = compile_fx(
+                    module,
+                    example_inputs,
+                    inner_compile=_GraphCompiler(self, region),
+                    config_patches={"joint_custom_pre_pass": _JointPasses(self, region)},
+                    decompositions=_decompositions(),
+                )
+        except Exception as error:
+            self.fell_back(f"captured graph {region}", error)
+            return eager.forward  # type: ignore[no-any-return]
+        return compiled  # type: ignore[no-any-return]
+
+    def run_passes(self, module: fx.GraphModule, stage: passes.Stage, graph_run: GraphRun) -> None:
+        """Run the passes of one stage over ``module`` and enter them into the record."""
+        record = self.record
+        record.graphs.append(graph_run)
+        graph_run.initial = record.copy_of(module.graph)
+        self.pipeline.run(
+            module,
+            stage,
+            graph_run,
+            keep_graphs=record.keep_graphs,
+            on_failure=self.pass_failed,
+        )
+        graph_run.final = record.copy_of(module.graph)
+        module.recompile()
+
+    def fell_back(self, part: str, error: Exception) -> None:
+        """Note and warn that ``part`` runs eagerly; raise instead where fallbacks are forbidden."""
+        cause = getattr(error, "inner_exception", None) or error
+        if isinstance(cause, CompileError):
+            raise cause  # told already, further in
+        problem = f"{part} is not compiled"
+        self._tell(part, problem, error, remedy_for(error), "It runs eagerly")
+
+    def pass_failed(self, step: passes.Pass, error: Exception) -> None:
+        """Note and warn that ``step`` was undone; raise instead where fallbacks are forbidden."""
+        part = f"pass {step.name}"
+        remedy = "correct the pass, or leave it out with passes=[...]"
+        self._tell(part, f"{part} was undone", error, remedy, "The graph is compiled without it")
+
+    def _tell(self, part: str, problem: str, error: Exception, remedy: str, instead: str) -> None:
+        fallback = Fallback(part, _first_line(error), remedy)
+        message = f"optcpu: {problem}: {fallback.reason}. Remedy: {remedy}"
+        if not self.fallback:
+            raise CompileError(message) from error
+        told = {f.reason for f in self.record.fallbacks}
+        self.record.fallbacks.append(fallback)
+        if fallback.reason not in told:
+            warnings.warn(
+                f"{message}. {instead}, with the right numbers.", FallbackWarning, stacklevel=2
+            )
+
+
+_RAN = "optcpu_joint_passes_ran"
+
+
+class _JointPasses(CustomGraphPass):  # type: ignore[misc]
+    """The joint passes as Inductor wants them: one callable with a cache key."""
+
+    def __init__(self, backend: Backend, region: int) -> None:
+        self._backend = backend
+        self._region = region
+
+    def __call__(self, graph: fx.Graph) -> None:
+        module = graph.owning_module
+        assert module is not None
+        if module.meta.setdefault(_RAN, False):
+            return  # PyTorch 2.8 calls the hook twice
+        module.meta[_RAN] = True
+        self._backend.run_passes(module, "joint", GraphRun(self._region, "joint"))
+
+    def uuid(self) -> str:
+        return self._backend.pipeline.cache_key()
+
+
+class _GraphCompiler:
+    """Compiles one partitioned graph: the split passes, then Inductor."""
+
+    def __init__(self, backend: Backend, region: int) -> None:
+        self._backend = backend
+        self._region = region
+
+    def __call__(
+        self, module: fx.GraphModule, example_inputs: Sequence[Any], **options: Any
+    ) -> Any:
+        kind = _kind(options)
+        graph_run = GraphRun(self._region, kind)
+        self._backend.run_passes(module, "split", graph_run)
+        eager = _boxed(fx.GraphModule(module, copy.deepcopy(module.graph)))
+        if "get_decomp_fn" in options:  # 2.13; the cache key needs one that can be pickled
+            options["get_decomp_fn"] = _decompositions
+        try:
+            passes.expand_activations(module.graph)
+            module.recompile()
+            if not self._backend.codegen:
+                return _boxed(module)
+            compiled = compile_fx_inner(module, example_inputs, **options)
+        except Exception as error:
+            self._backend.fell_back(f"the {kind} of captured graph {self._region}", error)
+            return eager
+        if self._backend.record.keep_graphs:
+            graph_run.output_code = getattr(compiled, "source_code", None)
+        if self._backend.record.has_failed_pass(self._region):
+            # Without a key AOTAutograd stores nothing that would hide the failure from the next run.
+            compiled._fx_graph_cache_key = None  # type: ignore[attr-defined]
+        return compiled
+
+
+def _boxed(module: fx.GraphModule) -> Callable[..., Any]:
+    """``module`` as a function that runs its graph one operator at a time.
+
+    A pass may have changed strides, for which generated code does not care but ``view`` does.
+    """
+    view_to_reshape(module)
+    module.recompile()
+    return make_boxed_func(module)  # type: ignore[no-any-return]
+
+
+def _kind(options: dict[str, Any]) -> GraphKind:
+    if options.get("is_backward"):
+        return "backward"
+    return "inference" if options.get("is_inference") else "forward"
+
+
+def _decompositions() -> dict[Any, Callable[..., Any]]:
+    """Inductor's decompositions but for the activations that passes want to see whole."""
+    table = dict(select_decomp_table())
+    for operator in passes.KEPT_WHOLE:
+        table.pop(operator, None)
+    return table
+
+
+def optcpu_backend(
+    module: fx.GraphModule,
+    example_inputs: Sequence[Any],
+    *,
+    options: dict[str, Any] | None = None,
+    mode: str | None = None,
+) -> Callable[..., Any]:
+    """``torch.compile(model, backend="optcpu", options={...})``.
+
+    Args:
+        module, example_inputs: from Dynamo.
+        options: ``precision`` (``"auto"``, ``"bf16"``, ``"fp32"``), ``passes``, ``fallback``; as in
+            :func:`optcpu.optimize`.
+        mode: not used by this backend.
+
+    Raises:
+        ValueError: an option or the mode is unknown.
+    """
+    if mode not in (None, "default"):
+        raise ValueError(f"backend 'optcpu' has no mode {mode!r}; leave it out")
+    settings = {"precision": "auto", "passes": None, "fallback": True, **(options or {})}
+    unknown = settings.keys() - {"precision", "passes", "fallback"}
+    if unknown:
+        raise ValueError(
+            f"backend 'optcpu' has no option {sorted(unknown)[0]!r}; "
+            "it takes 'precision', 'passes' and 'fallback'"
+        )
+    chosen = settings["passes"]
+    if chosen is None:
+        chosen = default_passes(resolve_precision(settings["precision"]))
+    return Backend(Pipeline.of(chosen), fallback=settings["fallback"])(module, example_inputs)
+
+
+def remedy_for(error: BaseException) -> str:
+    """What a user can do about an error of the compiler, in one clause."""
+    text = f"{type(error).__name__} {error}"
+    if "InvalidCxxCompiler" in text or "No working C++ compiler" in text:
+        return "install a C++ compiler (for example the package g++) or name one in CXX"
+    if isinstance(error, PermissionError) or "Read-only file system" in text:
+        return "set TORCHINDUCTOR_CACHE_DIR to a directory that can be written"
+    if "No space left" in text:
+        return "free disk space, or set TORCHINDUCTOR_CACHE_DIR to another disk"
+    if "CppCompileError" in text or "C++ compile error" in text:
+        return "the C++ compiler rejected generated code: try a newer one and name it in CXX"
+    return "optcpu.inspect(model, ...) shows the graph; TORCH_LOGS=+inductor shows the whole error"
+
+
+def _first_line(error: BaseException) -> str:
+    cause = getattr(error, "inner_exception", None) or error
+    lines = [line for line in str(cause).splitlines() if line.strip()]
+    return f"{type(cause).__name__}: {lines[0].strip()}" if lines else type(cause).__name__

@@ -1,0 +1,1 @@
+"""What :func:`optcpu.inspect` is made of: reading graphs, comparing them, and showing them."""

@@ -1,0 +1,200 @@
+"""How a batch is written down, how it is given to a model, and which loss belongs to it.
+
+One batch is
+
+- a tensor: ``model(x)``; there is no target, so a loss must be given or come with the output;
+- a tuple ``(*inputs, target)``: ``model(*inputs)``, and the last element is the target;
+  with exactly two elements of which the first is a dict: ``model(**first)``;
+  a tuple of one element is inputs alone, without a target;
+- a dict (any ``Mapping``): ``model(**batch)``; there is no target, as for a tensor.
+
+Several batches are a **list** of those, cycled through. Inside such a list, a list is taken for a
+tuple, since that is what a ``DataLoader`` yields: ``list(loader)`` is therefore several batches.
+One ``next(iter(loader))`` is a list of tensors, which could be read both ways, and is refused:
+write ``tuple(batch)``.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, TypeAlias
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+Batch: TypeAlias = Any
+Loss: TypeAlias = Callable[[Any, Any], Tensor]
+
+_CONVENTION = (
+    "A batch is a tensor, a tuple (*inputs, target), or a dict of keyword arguments; "
+    "several batches are a list of those."
+)
+
+
+def as_batches(batch: Any) -> list[Batch]:
+    """One batch or a list of batches, as a list of batches.
+
+    Raises:
+        TypeError: for anything but the forms above, and for a list of bare tensors.
+        ValueError: if there is no batch, or a batch without a tensor.
+    """
+    if isinstance(batch, list):
+        if not batch:
+            raise ValueError(f"batch is an empty list: there is nothing to train on. {_CONVENTION}")
+        if all(isinstance(one, Tensor) for one in batch):
+            raise TypeError(
+                f"batch is a list of {len(batch)} tensors, which could be one batch or "
+                f"{len(batch)}. For one batch (as a DataLoader yields it) pass tuple(batch); for "
+                "several batches without a target pass [(x,) for x in batch]."
+            )
+        batches = [_as_batch(tuple(one) if isinstance(one, list) else one) for one in batch]
+    else:
+        batches = [_as_batch(batch)]
+    return batches
+
+
+def _as_batch(batch: Any) -> Batch:
+    if isinstance(batch, Mapping):
+        batch = dict(batch)
+    if not isinstance(batch, (Tensor, tuple, dict)):
+        raise TypeError(f"a batch of type {type(batch).__name__} cannot be used. {_CONVENTION}")
+    tensors = tensors_in(batch)
+    if not tensors:
+        raise ValueError(f"a batch without any tensor cannot be trained on. {_CONVENTION}")
+    for tensor in tensors:
+        if tensor.device.type != "cpu":
+            raise ValueError(
+                f"a tensor of shape {tuple(tensor.shape)} in the batch is on {tensor.device}; "
+                "optcpu trains on the CPU: move it with .cpu()."
+            )
+        if tensor.dim() and tensor.shape[0] == 0:
+            raise ValueError(
+                f"a tensor in the batch has shape {tuple(tensor.shape)}: the batch is empty."
+            )
+    return batch
+
+
+def tensors_in(value: Any) -> list[Tensor]:
+    """Every tensor in nested tuples, lists, mappings and dataclasses, in order."""
+    if isinstance(value, Tensor):
+        return [value]
+    if isinstance(value, Mapping):
+        return [tensor for entry in value.values() for tensor in tensors_in(entry)]
+    if isinstance(value, (tuple, list)):
+        return [tensor for entry in value for tensor in tensors_in(entry)]
+    if dataclasses.is_dataclass(value) and not isinstance(value, type):
+        fields = [getattr(value, field.name) for field in dataclasses.fields(value)]
+        return tensors_in(fields)
+    return []
+
+
+def call_model(model: Callable[..., Any], batch: Batch) -> Any:
+    """The model's output for one batch."""
+    if isinstance(batch, dict):
+        return model(**batch)
+    if isinstance(batch, Tensor):
+        return model(batch)
+    inputs = batch[:-1] if len(batch) > 1 else batch
+    if len(inputs) == 1 and isinstance(inputs[0], Mapping):
+        return model(**inputs[0])
+    return model(*inputs)
+
+
+def describe_call(batch: Batch) -> str:
+    """The call that ``call_model`` makes, with the shapes and dtypes of its arguments."""
+    if isinstance(batch, dict):
+        return f"model(**{{{', '.join(f'{k!r}: {_describe(v)}' for k, v in batch.items())}}})"
+    if isinstance(batch, Tensor):
+        return f"model({_describe(batch)})"
+    inputs = batch[:-1] if len(batch) > 1 else batch
+    if len(inputs) == 1 and isinstance(inputs[0], Mapping):
+        return describe_call(dict(inputs[0]))
+    return f"model({', '.join(map(_describe, inputs))})"
+
+
+def _describe(value: Any) -> str:
+    if isinstance(value, Tensor):
+        return f"{str(value.dtype).removeprefix('torch.')}{list(value.shape)}"
+    return type(value).__name__
+
+
+def default_loss(output: Any, batch: Batch) -> Tensor:
+    """The loss that belongs to an output where none is given.
+
+    The output's own ``loss`` (attribute or key) if it has one, as Hugging Face models do when they
+    are given labels. Otherwise, from the batch's target: for integer targets the cross entropy of
+    the output, or of its ``logits``; for float targets of the output's shape the mean squared
+    error. Logits are ``(B, C)`` for targets ``(B,)``, ``(B, T, V)`` for ``(B, T)``, or
+    ``(B, C, H, W)`` for ``(B, H, W)``. Computed in FP32.
+
+    Raises:
+        TypeError: if there is neither a loss in the output nor a target, or if the output is not
+            one tensor.
+        ValueError: if the shapes of output and target do not fit.
+    """
+    own = _entry(output, "loss")
+    if isinstance(own, Tensor):
+        return own
+    if not isinstance(batch, tuple) or len(batch) < 2 or not isinstance(batch[-1], Tensor):
+        raise TypeError(
+            "there is no target for the default loss: the output has no .loss and the batch is not "
+            "a tuple (*inputs, target). Pass loss=lambda output, batch: ..."
+        )
+    logits = _entry(output, "logits") if not isinstance(output, Tensor) else output
+    if not isinstance(logits, Tensor):
+        raise TypeError(
+            f"the default loss needs one tensor or an output with .logits or .loss, not "
+            f"{type(output).__name__}. Pass loss=lambda output, batch: ..."
+        )
+    target = batch[-1]
+    shapes = f"output {_describe(logits)} and target {_describe(target)}"
+    if target.is_floating_point():
+        if logits.shape != target.shape:
+            raise ValueError(
+                f"mean squared error needs equal shapes, not {shapes}. Reshape the target, or pass "
+                "loss=lambda output, batch: ..."
+            )
+        return F.mse_loss(logits.float(), target.float())
+    if logits.dim() == target.dim() + 1:
+        if logits.dim() <= 3 and logits.shape[:-1] == target.shape:
+            return F.cross_entropy(logits.float().flatten(0, -2), target.long().flatten())
+        if logits.shape[:1] + logits.shape[2:] == target.shape:
+            return F.cross_entropy(logits.float(), target.long())
+    raise ValueError(
+        f"cross entropy does not fit {shapes}. Reshape them, or pass loss=lambda output, batch: ..."
+    )
+
+
+def _entry(output: Any, name: str) -> Any:
+    if isinstance(output, Mapping):
+        return output.get(name)
+    return getattr(output, name, None) if not isinstance(output, Tensor) else None
+
+
+def signature(batch: Batch) -> tuple[tuple[int, ...], ...]:
+    """The shapes of a batch; batches of one signature need no recompilation."""
+    return tuple(tuple(tensor.shape) for tensor in tensors_in(batch))
+
+
+def units_in(batch: Batch) -> int:
+    """Samples in a batch: the size of the first dimension of its first tensor that has one."""
+    return next((tensor.shape[0] for tensor in tensors_in(batch) if tensor.dim()), 1)
+
+
+def whole_passes(steps: int, batches: Sequence[Batch], accumulation_steps: int) -> int:
+    """``steps``, rounded up so that turns of any two variants see the same mix of batches.
+
+    Nothing is rounded where all batches have the same shapes.
+    """
+    if len({signature(batch) for batch in batches}) == 1:
+        return steps
+    steps_per_pass = len(batches) // math.gcd(len(batches), accumulation_steps)
+    return math.ceil(steps / steps_per_pass) * steps_per_pass
+
+
+def to_fp32(value: Any) -> list[Tensor]:
+    """The floating-point tensors of a model's output, detached, in FP32."""
+    return [t.detach().to(torch.float32) for t in tensors_in(value) if t.is_floating_point()]

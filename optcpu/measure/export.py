@@ -1,0 +1,51 @@
+"""A comparison as JSON and as CSV."""
+
+from __future__ import annotations
+
+import csv
+import io
+import json
+import math
+from dataclasses import fields
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from optcpu.measure.result import Comparison
+
+
+def to_json(comparison: Comparison, path: str | Path | None) -> str:
+    """The comparison as JSON; NaN and infinities, which JSON does not have, become null."""
+    text = json.dumps(_finite(comparison.to_dict()), indent=2, allow_nan=False) + "\n"
+    if path is not None:
+        Path(path).write_text(text, encoding="utf-8")
+    return text
+
+
+def _finite(value: Any) -> Any:
+    if isinstance(value, float):
+        return value if math.isfinite(value) else None
+    if isinstance(value, dict):
+        return {key: _finite(entry) for key, entry in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [_finite(entry) for entry in value]
+    return value
+
+
+def to_csv(comparison: Comparison, path: str | Path | None) -> str:
+    """The rows as CSV; figures per round or step and tracebacks are left to the JSON."""
+    left_out = ("step_ms_spread", "rounds_ms", "losses", "failure_log", "notes")
+    names = [field.name for field in fields(comparison.rows[0]) if field.name not in left_out]
+    extra = ["step_ms_fastest", "step_ms_slowest", "notes"]
+    buffer = io.StringIO()
+    writer = csv.writer(buffer, lineterminator="\n")
+    writer.writerow(names + extra)
+    for row in comparison.rows:
+        spread = row.step_ms_spread or (None, None)
+        writer.writerow([*(getattr(row, name) for name in names), *spread, "; ".join(row.notes)])
+    text = buffer.getvalue()
+    if path is not None:
+        # newline="": the text has its line ends already.
+        with Path(path).open("w", encoding="utf-8", newline="") as file:
+            file.write(text)
+    return text

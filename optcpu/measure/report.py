@@ -1,0 +1,294 @@
+"""A comparison as text: two tables, what they mean, and what speaks against optcpu."""
+
+from __future__ import annotations
+
+import io
+import math
+import shutil
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
+
+from rich import box
+from rich.console import Console, ConsoleOptions, Group, RenderableType, RenderResult
+from rich.measure import Measurement
+from rich.padding import Padding
+from rich.table import Table
+from rich.text import Text
+
+from optcpu.measure.variants import REFERENCE
+
+if TYPE_CHECKING:
+    from optcpu.measure.result import Comparison, Row
+
+# Two processes running the same code differ by this much in a run of 5 rounds of a second.
+_LEVEL = 0.03
+_NOTABLE_MEMORY = 1.1
+_NOTABLE_COMPILE = 1.25
+_NOTABLE_COMPILE_S = 2.0
+_NOTABLE_ERROR = 1.05
+_NONE = "-"
+_TEXT_WIDTH = 100  # where the output has no width of its own
+
+
+def to_text(comparison: Comparison, width: int | None = None) -> str:
+    """The report as plain text, ``width`` columns wide (default: the terminal's)."""
+    columns = width or shutil.get_terminal_size((_TEXT_WIDTH, 24)).columns
+    console = Console(file=io.StringIO(), width=columns, color_system=None)
+    console.print(render(comparison))
+    assert isinstance(console.file, io.StringIO)
+    return "\n".join(line.rstrip() for line in console.file.getvalue().splitlines())
+
+
+def render(comparison: Comparison) -> RenderableType:
+    """The report for a rich console."""
+    accumulation = comparison.accumulation_steps
+    batches = f", {accumulation} batches in a step" if accumulation > 1 else ""
+    title = Text.assemble(
+        (comparison.name, "bold"),
+        f"  {_count(comparison.parameters)} parameters{batches}\n",
+        (str(comparison.machine), "dim"),
+    )
+    parts: list[RenderableType] = [
+        title,
+        "",
+        _FirstThatFits(_speed_table(comparison), _speed_table(comparison, ranges=False)),
+        "",
+        _FirstThatFits(
+            _numbers_table(comparison),
+            Group(_numbers_table(comparison, names=False), *_worst_gradients(comparison)),
+        ),
+        "",
+    ]
+    for row in comparison.rows:
+        if row.failed is not None:
+            parts.append(_sentence(f"{row.variant} failed: {_one_line(row.failed)}", "red"))
+        parts += [_sentence(f"{row.variant}: {note}", "yellow") for note in row.notes]
+    parts += [_sentence(note, "dim") for note in comparison.notes]
+    parts += [_sentence(sentence, "bold") for sentence in comparison.verdict]
+    return Group(*parts)
+
+
+class _FirstThatFits:
+    """The wide renderable where there is room for it, the narrow one elsewhere."""
+
+    def __init__(self, wide: RenderableType, narrow: RenderableType) -> None:
+        self._wide = wide
+        self._narrow = narrow
+
+    def __rich_console__(self, console: Console, options: ConsoleOptions) -> RenderResult:
+        natural = Measurement.get(console, options.update(width=10_000), self._wide).maximum
+        yield self._wide if natural <= options.max_width else self._narrow
+
+
+def _sentence(text: str, style: str) -> Padding:
+    return Padding(Text(text, style), (0, 0, 0, 1))
+
+
+def _table() -> Table:
+    return Table(box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0), pad_edge=False, show_edge=False)
+
+
+def _speed_table(comparison: Comparison, ranges: bool = True) -> Table:
+    table = _table()
+    table.add_column("variant", no_wrap=True)
+    table.add_column("ms/step", justify="right", no_wrap=True)
+    if ranges:
+        table.add_column("(range)", justify="right", no_wrap=True, style="dim")
+    for heading in (
+        f"{comparison.unit}/s",
+        "x eager",
+        "x stock",
+        "peak MB",
+        "compile s",
+    ):
+        table.add_column(heading, justify="right", no_wrap=True)
+    for row in comparison.rows:
+        if row.failed is not None:
+            table.add_row(row.variant, Text("failed", "red"), *[_NONE] * (6 if ranges else 5))
+            continue
+        assert row.step_ms_spread is not None
+        low, high = row.step_ms_spread
+        table.add_row(
+            _name(row, comparison),
+            figure(row.step_ms),
+            *([f"{figure(low)}-{figure(high)}"] if ranges else []),
+            _thousands(row.units_per_second),
+            _ratio(row.speedup_vs_eager),
+            _ratio(row.speedup_vs_best_stock),
+            _thousands(row.peak_memory_mb),
+            _NONE if row.variant.startswith("eager") else f"{row.compile_seconds:.1f}",
+            style=_style(row),
+        )
+    return table
+
+
+def _numbers_table(comparison: Comparison, names: bool = True) -> Table:
+    table = _table()
+    table.add_column("variant", no_wrap=True)
+    for heading in ("output\nerror", "loss\nerror", "gradient\nerror"):
+        table.add_column(heading, justify="right", no_wrap=True)
+    if names:
+        table.add_column("worst gradient", no_wrap=True)
+    else:
+        table.add_column("worst\ngrad.", justify="right", no_wrap=True)
+    table.add_column(f"loss at\nstep {comparison.steps}", justify="right", no_wrap=True)
+    table.add_column("learned", no_wrap=True)
+    for row in comparison.rows:
+        if row.final_loss is None:
+            table.add_row(row.variant, *[_NONE] * 6)
+            continue
+        worst = _error(row.worst_gradient_error)
+        errors: list[RenderableType] = [
+            _error(row.output_error),
+            _error(row.loss_error),
+            _error(row.gradient_error),
+            f"{worst} {row.worst_gradient}" if names and row.worst_gradient else worst,
+        ]
+        if row.variant == REFERENCE:
+            errors = [Text("reference", "dim"), "", "", ""]
+        table.add_row(
+            _name(row, comparison),
+            *errors,
+            f"{row.final_loss:.4g}",
+            "yes" if row.learned else Text("NO", "bold red"),
+            style=_style(row),
+        )
+    return table
+
+
+def _worst_gradients(comparison: Comparison) -> list[Padding]:
+    """The names for which a narrow table has no room."""
+    variants: dict[str, list[str]] = {}
+    for row in comparison.rows:
+        if row.worst_gradient is not None:
+            variants.setdefault(row.worst_gradient, []).append(row.variant)
+    return [
+        _sentence(f"worst gradient of {', '.join(found)}: {name}", "dim")
+        for name, found in variants.items()
+    ]
+
+
+def _name(row: Row, comparison: Comparison) -> str:
+    return f"{row.variant} *" if row.variant == comparison.best_stock else row.variant
+
+
+def _style(row: Row) -> str:
+    if not row.learned:
+        return "red"
+    return "green" if row.kind == "optcpu" else ""
+
+
+def figure(value: float | None) -> str:
+    """Three significant digits, without an exponent where that stays short."""
+    if value is None:
+        return _NONE
+    if not math.isfinite(value):
+        return str(value)
+    magnitude = abs(value)
+    if magnitude >= 1e6 or 0 < magnitude < 1e-3:
+        return f"{value:.1e}"
+    digits = 0 if magnitude >= 100 else 1 if magnitude >= 10 else 2 if magnitude >= 1 else 3
+    return f"{value:.{digits}f}"
+
+
+def _thousands(value: float | None) -> str:
+    if value is None:
+        return _NONE
+    return f"{value:,.0f}" if value >= 100 else figure(value)
+
+
+def _ratio(value: float | None) -> str:
+    return _NONE if value is None else f"{value:.2f}"
+
+
+def _error(value: float | None) -> str:
+    return _NONE if value is None else f"{value:.1e}"
+
+
+def _count(number: int) -> str:
+    for size, letter in ((1e9, "G"), (1e6, "M"), (1e3, "k")):
+        if number >= size:
+            return f"{number / size:.3g} {letter}"
+    return str(number)
+
+
+def _one_line(text: str) -> str:
+    first = next((line.strip() for line in text.splitlines() if line.strip()), text)
+    return first if len(first) <= 300 else first[:300] + " ..."
+
+
+def verdict(comparison: Comparison) -> list[str]:
+    """What the figures say about optcpu, for and against it, one sentence each."""
+    best = comparison[comparison.best_stock]
+    sentences = [f"* The fastest stock variant is {best.variant} ({figure(best.step_ms)} ms)."]
+    for row in comparison.rows:
+        if row.kind == "optcpu":
+            sentences += _about(row, best, comparison.rows)
+    return sentences
+
+
+def _about(row: Row, best: Row, rows: Sequence[Row]) -> list[str]:
+    if row.failed is not None:
+        return [f"{row.variant} FAILED; the other figures say nothing about it."]
+    if not row.learned:
+        return [f"{row.variant} did NOT LEARN as eager-fp32 did: its speed means nothing."]
+    sentences = [_speed(row, best)]
+    for peer in rows:
+        if peer.kind == "peer" and peer.learned and peer.rounds_ms:
+            assert row.step_ms is not None
+            assert peer.step_ms is not None
+            sentences.append(_against(row.variant, peer.step_ms / row.step_ms, peer.variant))
+    against = _losses(row, best, _eager_bf16(rows))
+    if against:
+        sentences.append(f"Against {row.variant}: {'; '.join(against)}.")
+    return sentences
+
+
+def _eager_bf16(rows: Sequence[Row]) -> Row | None:
+    names = ("eager-bf16", "eager-bf16-tuned")
+    return next((row for row in rows if row.variant in names and row.failed is None), None)
+
+
+def _speed(row: Row, best: Row) -> str:
+    assert row.speedup_vs_best_stock is not None
+    against = _against(
+        row.variant, row.speedup_vs_best_stock, f"the best stock variant ({best.variant})"
+    )
+    if best.variant == REFERENCE:
+        return against
+    return f"{against[:-1]}, and {row.speedup_vs_eager:.2f}x as fast as eager-fp32."
+
+
+def _against(name: str, speedup: float, other: str) -> str:
+    if abs(speedup - 1) <= _LEVEL:
+        return f"{name} is level with {other}: {speedup:.2f}x, within the noise of a measurement."
+    if speedup < 1:
+        return f"{name} is SLOWER than {other}: {speedup:.2f}x its speed."
+    return f"{name} is {speedup:.2f}x as fast as {other}."
+
+
+def _losses(row: Row, best: Row, eager_bf16: Row | None) -> list[str]:
+    """Where optcpu is worse, speed apart."""
+    losses = []
+    if eager_bf16 is not None:
+        for what in ("output", "loss", "gradient"):
+            own, other = (getattr(r, f"{what}_error") for r in (row, eager_bf16))
+            # Not "own > ...", which a NaN would pass.
+            if own is not None and other is not None and not own <= _NOTABLE_ERROR * other:
+                losses.append(
+                    f"its {what} error is LARGER than {eager_bf16.variant}'s "
+                    f"({own:.1e} against {other:.1e})"
+                )
+    if row.peak_memory_mb and best.peak_memory_mb:
+        factor = row.peak_memory_mb / best.peak_memory_mb
+        if factor > _NOTABLE_MEMORY:
+            losses.append(f"it needs {factor:.2f}x the memory of {best.variant}")
+    assert row.compile_seconds is not None
+    assert best.compile_seconds is not None
+    longer = row.compile_seconds - best.compile_seconds
+    if (
+        longer > _NOTABLE_COMPILE_S
+        and row.compile_seconds > _NOTABLE_COMPILE * best.compile_seconds
+    ):
+        losses.append(f"it compiles {longer:.0f} s longer than {best.variant}")
+    return losses

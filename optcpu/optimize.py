@@ -1,0 +1,229 @@
+"""``optimize(model)``: compile a model in place for training on a CPU, and undo it."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any, TypeVar, overload
+
+import torch
+from torch import nn
+from torch._dynamo.exc import TorchDynamoException
+from torch.optim import Optimizer
+
+import passes as p
+from optcpu.backend import Backend
+from optcpu.cpu import capabilities
+from optcpu.errors import OptcpuError
+from optcpu.memory import keep_freed_memory
+from optcpu.pipeline import Pipeline, Precision, default_passes, resolve_precision
+from optcpu.record import Record
+from optcpu.recurrent import has_recurrent_layers, under_autocast
+from optcpu.update import use_fused_update
+from passes.base import Rewrite
+
+Model = TypeVar("Model", bound=nn.Module)
+AnyOptimizer = TypeVar("AnyOptimizer", bound=Optimizer)
+
+
+@dataclass(frozen=True)
+class Settings:
+    """How a model was optimized; what :func:`optimize` compares a second call with."""
+
+    precision: Precision
+    pipeline: Pipeline
+    fallback: bool
+    dynamic: bool | None
+
+
+@overload
+def optimize(
+    model: Model,
+    optimizer: None = None,
+    *,
+    precision: str = "auto",
+    passes: Sequence[p.Pass | Rewrite] | None = None,
+    fallback: bool = True,
+    keep_memory: bool = True,
+    dynamic: bool | None = None,
+) -> Model: ...
+
+
+@overload
+def optimize(
+    model: Model,
+    optimizer: AnyOptimizer,
+    *,
+    precision: str = "auto",
+    passes: Sequence[p.Pass | Rewrite] | None = None,
+    fallback: bool = True,
+    keep_memory: bool = True,
+    dynamic: bool | None = None,
+) -> tuple[Model, AnyOptimizer]: ...
+
+
+def optimize(
+    model: Model,
+    optimizer: AnyOptimizer | None = None,
+    *,
+    precision: str = "auto",
+    passes: Sequence[p.Pass | Rewrite] | None = None,
+    fallback: bool = True,
+    keep_memory: bool = True,
+    dynamic: bool | None = None,
+) -> Model | tuple[Model, AnyOptimizer]:
+    """Compile ``model`` in place, so that calling it trains fast on this CPU.
+
+    The module stays what it is: its parameters (FP32), ``state_dict()``, hooks, modes, copies and pickles
+    are those of the plain model. The first call compiles, which takes seconds to a minute.
+
+    Args:
+        model: any module on the CPU with FP32 parameters.
+        optimizer: any optimizer of the model's parameters. PyTorch's own are switched to their fused
+            CPU kernel where they have one and the user chose none; others are left as they are.
+        precision: ``"bf16"`` computes matrix products, convolutions and attention in BF16,
+            ``"fp32"`` everything in FP32, ``"auto"`` is BF16 where the processor has it in hardware.
+        passes: the rewrites to run, in order, in place of :func:`optcpu.default_passes`: passes, or
+            functions ``(graph) -> count``.
+        fallback: whether a part that cannot be compiled runs eagerly, with a warning, or raises.
+        keep_memory: keep freed memory in this process (:mod:`optcpu.memory`), which often halves the
+            step time; holds for the whole process.
+        dynamic: as in :func:`torch.compile`: None compiles a size anew once when it changes and then for
+            all sizes, True for all sizes from the start, False for each size.
+
+    Returns:
+        ``model`` itself, or ``(model, optimizer)`` if an optimizer was given.
+
+    Raises:
+        TypeError: ``model`` is no module, ``optimizer`` no optimizer, or an entry of ``passes`` no pass.
+        ValueError: a parameter is not on the CPU, not FP32, or not finite; ``precision`` is unknown.
+        OptcpuError: the model was optimized before with other settings.
+    """
+    _check_model(model)
+    if optimizer is not None and not isinstance(optimizer, Optimizer):
+        raise TypeError(f"optimizer must be a torch.optim.Optimizer, not {_typename(optimizer)}")
+    resolved = resolve_precision(precision)
+    pipeline = Pipeline.of(default_passes(resolved) if passes is None else passes)
+    settings = Settings(resolved, pipeline, fallback, dynamic)
+    present = compiled_call(model)
+    if present is not None and present.settings != settings:
+        raise OptcpuError(
+            f"this {_typename(model)} is optimized already, with {present.settings}; "
+            "call optcpu.restore(model) before optimizing it with other settings"
+        )
+    if present is None:
+        if resolved == "bf16" and not capabilities().bf16:
+            warnings.warn(
+                "this processor has no BF16 arithmetic (AVX512_BF16 or AMX): BF16 is emulated and a "
+                "training step will take several times longer than with precision='fp32'",
+                stacklevel=2,
+            )
+        if keep_memory:
+            keep_freed_memory()
+        model._compiled_call_impl = CompiledCall(model, settings)
+    if optimizer is None:
+        return model
+    return model, use_fused_update(optimizer)
+
+
+def restore(model: Model) -> Model:
+    """Undo :func:`optimize`: calls of ``model`` run eagerly again. Returns ``model``.
+
+    The allocator's policy stays, as it belongs to the process. A model that is not optimized is
+    returned as it is.
+
+    Raises:
+        TypeError: ``model`` is no module.
+    """
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"model must be a torch.nn.Module, not {_typename(model)}")
+    if compiled_call(model) is not None:
+        model._compiled_call_impl = None
+    return model
+
+
+def compiled_call(model: nn.Module) -> CompiledCall | None:
+    """What calls of ``model`` go through if it is optimized, else None."""
+    present = model._compiled_call_impl
+    return present if isinstance(present, CompiledCall) else None
+
+
+class CompiledCall:
+    """What an optimized model is called through: compiled code, or the model itself if that fails.
+
+    Args:
+        model: the module to compile.
+        settings: how.
+        record: where to write down what happens; a new one by default.
+    """
+
+    def __init__(self, model: nn.Module, settings: Settings, record: Record | None = None) -> None:
+        self.settings = settings
+        self.backend = Backend(settings.pipeline, fallback=settings.fallback, record=record)
+        self._eager: Callable[..., Any] = model._call_impl
+        self._compiled: Callable[..., Any] = torch.compile(
+            _own_frame(self._eager), backend=self.backend, dynamic=settings.dynamic
+        )
+        if settings.precision == "bf16" and has_recurrent_layers(model):
+            self._compiled = under_autocast(self._compiled)
+        self._given_up = False
+
+    @property
+    def record(self) -> Record:
+        """What happened in the compilations so far."""
+        return self.backend.record
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        if self._given_up:
+            return self._eager(*args, **kwargs)
+        try:
+            return self._compiled(*args, **kwargs)
+        except TorchDynamoException as error:
+            failure = error
+        # Input that the model cannot take fails here as well, with PyTorch's own message.
+        result = self._eager(*args, **kwargs)
+        self.backend.fell_back("the model", failure)
+        self._given_up = True
+        return result
+
+
+def _own_frame(function: Callable[..., Any]) -> Callable[..., Any]:
+    """A function that calls ``function`` from a code object of its own.
+
+    Dynamo does not start in PyTorch's own files, where a module's call lives, and it limits how often
+    one code object is compiled, so that models must not share it.
+    """
+
+    def call(*args: Any, **kwargs: Any) -> Any:
+        return function(*args, **kwargs)
+
+    call.__code__ = call.__code__.replace()
+    return call
+
+
+def _check_model(model: object) -> None:
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"model must be a torch.nn.Module, not {_typename(model)}")
+    for name, parameter in model.named_parameters():
+        if isinstance(parameter, nn.parameter.UninitializedParameter):
+            continue
+        if parameter.device.type != "cpu":
+            raise ValueError(
+                f"parameter {name!r} is on {parameter.device}; optcpu trains on the CPU: "
+                "call model.cpu() first"
+            )
+        if parameter.is_floating_point() and parameter.dtype != torch.float32:
+            raise ValueError(
+                f"parameter {name!r} is {parameter.dtype}; optcpu keeps FP32 master weights and makes "
+                "lower precisions itself: call model.float() first"
+            )
+        if not torch.isfinite(parameter.detach()).all():
+            raise ValueError(
+                f"parameter {name!r} holds NaN or infinity; such a model cannot be trained: "
+                "initialise it again or load an earlier checkpoint"
+            )
+
+
+def _typename(thing: object) -> str:
+    return type(thing).__name__

@@ -1,0 +1,124 @@
+"""The one ordered list of passes, and how a graph goes through it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Literal
+
+from torch import fx
+
+import passes as p
+from optcpu.cpu import capabilities
+from optcpu.record import GraphRun, PassRun, copy_graph
+from passes.base import Rewrite
+from passes.graph import output_values
+
+Precision = Literal["bf16", "fp32"]
+
+
+def default_passes(precision: Precision = "bf16") -> list[p.Pass]:
+    """The passes that :func:`optcpu.optimize` runs, in their order, as a list to change freely.
+
+    Args:
+        precision: ``"fp32"`` leaves out the passes that move operators to BF16.
+    """
+    in_bf16: list[p.Pass] = [
+        p.InsertCasts(),
+        p.SinkUpcasts(),
+        p.HoistDowncasts(),
+        p.CancelCasts(),
+        p.SaveOutputsInBf16(),
+        p.ShareWeightCasts(),
+    ]
+    return [
+        # On forward and backward as one graph:
+        p.Canonicalize(),
+        *(in_bf16 if precision == "bf16" else []),
+        # On each of the two by itself:
+        p.UnfoldAttentionBackward(),
+        p.FuseLinearBackward(),
+        p.FuseLinear(),
+        p.RouteProducts(),
+    ]
+
+
+def resolve_precision(precision: str) -> Precision:
+    """What to compute in: ``"auto"`` is BF16 where the processor multiplies BF16 in hardware.
+
+    Raises:
+        ValueError: ``precision`` is none of ``"auto"``, ``"bf16"`` and ``"fp32"``.
+    """
+    if precision == "auto":
+        return "bf16" if capabilities().bf16 else "fp32"
+    if precision == "bf16":
+        return "bf16"
+    if precision == "fp32":
+        return "fp32"
+    raise ValueError(f"precision must be 'auto', 'bf16' or 'fp32', not {precision!r}")
+
+
+@dataclass(frozen=True)
+class Pipeline:
+    """An ordered list of passes.
+
+    Args:
+        passes: run in this order; those of the other stage are passed over.
+    """
+
+    passes: tuple[p.Pass, ...]
+
+    @classmethod
+    def of(cls, passes: Sequence[p.Pass | Rewrite]) -> Pipeline:
+        """A pipeline of passes and plain functions ``(graph) -> count``.
+
+        Raises:
+            TypeError: an entry is neither.
+        """
+        return cls(tuple(p.as_pass(entry) for entry in passes))
+
+    def cache_key(self) -> str:
+        """A hash that changes with the passes, their order, their parameters and their code."""
+        return p.cache_key(self.passes)
+
+    def run(
+        self,
+        module: fx.GraphModule,
+        stage: p.Stage,
+        graph_run: GraphRun,
+        *,
+        keep_graphs: bool,
+        on_failure: Callable[[p.Pass, Exception], None],
+    ) -> None:
+        """Run the passes of one stage over ``module.graph`` in place.
+
+        A pass that raises, or that changes the shape or dtype of an output, is undone and reported to
+        ``on_failure``; the others still run.
+        """
+        for step in self.passes:
+            if step.stage != stage:
+                continue
+            graph_run.runs.append(_run_pass(step, module, keep_graphs, on_failure))
+
+
+def _run_pass(
+    step: p.Pass,
+    module: fx.GraphModule,
+    keep_graphs: bool,
+    on_failure: Callable[[p.Pass, Exception], None],
+) -> PassRun:
+    before = copy_graph(module.graph)
+    outputs = output_values(module.graph)
+    run = PassRun(step.name, 0, step.changes_numerics)
+    try:
+        run.fired = int(step(module.graph))
+        module.graph.lint()
+        if output_values(module.graph) != outputs:
+            raise ValueError("the pass changed the shape or dtype of an output")
+    except Exception as error:
+        module.graph = copy_graph(before)
+        run.fired, run.error = 0, f"{type(error).__name__}: {error}"
+        on_failure(step, error)
+    if keep_graphs:
+        run.before, run.after = before, copy_graph(module.graph)
+    return run

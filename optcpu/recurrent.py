@@ -1,0 +1,35 @@
+"""Models with recurrent layers, which Dynamo does not capture.
+
+A function that calls ``nn.LSTM``, ``nn.GRU`` or ``nn.RNN`` runs eagerly; only the functions below it are
+compiled. No pass reaches the recurrent layer, so the whole model runs under autocast, which makes that
+layer use oneDNN's BF16 kernels. What the model returns keeps the dtype it would have without.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import nn
+from torch.utils._pytree import tree_map_only
+
+
+def has_recurrent_layers(model: nn.Module) -> bool:
+    """Whether a module of ``model`` is recurrent."""
+    return any(isinstance(layer, nn.RNNBase) for layer in model.modules())
+
+
+def under_autocast(call: Callable[..., Any]) -> Callable[..., Any]:
+    """``call`` under BF16 autocast, with FP32 results in place of BF16 ones."""
+
+    def call_under_autocast(*args: Any, **kwargs: Any) -> Any:
+        with torch.autocast("cpu", torch.bfloat16):
+            result = call(*args, **kwargs)
+        return tree_map_only(torch.Tensor, _widened, result)
+
+    return call_under_autocast
+
+
+def _widened(result: torch.Tensor) -> torch.Tensor:
+    return result.float() if result.dtype == torch.bfloat16 else result

@@ -1,0 +1,269 @@
+"""What can be trained from the command line: a model, real batches for it, and its loss."""
+
+from __future__ import annotations
+
+import difflib
+import importlib
+import inspect
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from types import ModuleType
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from optcpu import data
+from optcpu.measure.batches import Batch, Loss, as_batches, units_in
+from optcpu.models import digits_cnn, gpt2_small, mlp
+
+_BATCH_COUNT = 16  # few enough that the default 50 steps are several passes, and learning shows
+_GPT2_LENGTH = 64
+
+
+@dataclass(frozen=True)
+class Workload:
+    """A training job.
+
+    Attributes:
+        name: What it is called in tables and file names.
+        model: With freshly initialised weights, in training mode.
+        batches: Different ones, to be used in turn; :mod:`optcpu.measure.batches` says what a
+            batch may be.
+        loss: ``loss(output, batch) -> scalar tensor``; None leaves the choice to
+            :func:`optcpu.compare`.
+        unit: What throughput counts, in the plural: ``"samples"``, ``"tokens"``.
+        units_per_batch: How many of them one batch holds.
+        description: One line for people.
+    """
+
+    name: str
+    model: nn.Module
+    batches: Sequence[Batch]
+    loss: Loss | None
+    unit: str
+    units_per_batch: int
+    description: str
+
+
+def workload(name: str, *, batch_size: int | None = None, seed: int = 0) -> Workload:
+    """A built-in job, or the user's own.
+
+    Args:
+        name: One of :data:`BUILT_IN`, or ``"package.module:factory"``. The factory is called with
+            ``batch_size`` and ``seed`` if it has parameters of these names, and returns one of
+
+            - a :class:`Workload`;
+            - ``(model, batch)`` or ``(model, batch, loss)``, where a list of batches will also do;
+            - the bare model, if its module also has a function ``batch``, which is called in the
+              same way and returns a batch or a list of batches.
+        batch_size: Samples in a batch; None takes the job's own.
+        seed: Of the weights and of the order of the data. The global generator is left alone.
+
+    Raises:
+        ValueError: No such job, module or attribute; a batch size that is not positive, or one
+            that the user's factory cannot take.
+        TypeError: The factory cannot be called or returns something else.
+        OptcpuError: A library that the job's data needs is missing.
+    """
+    if batch_size is not None and batch_size < 1:
+        raise ValueError(f"batch_size must be positive, got {batch_size}")
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        if name in BUILT_IN:
+            return BUILT_IN[name](batch_size, seed)
+        if ":" in name:
+            return _own(name, batch_size, seed)
+    raise ValueError(
+        f"no workload is called {name!r}{_nearest(name, BUILT_IN)}; "
+        f"known are {', '.join(BUILT_IN)}, and your own as package.module:factory"
+    )
+
+
+def _mlp(batch_size: int | None, seed: int) -> Workload:
+    batch_size = batch_size or 128
+    pieces, files = data.source_windows(width=784, classes=1000)
+    batches = data.batches(pieces, files, batch_size, count=_BATCH_COUNT, seed=seed)
+    return Workload(
+        name="mlp",
+        model=mlp(),
+        batches=[(piece.float() / 255, file) for piece, file in batches],
+        loss=classification_loss,
+        unit="samples",
+        units_per_batch=batch_size,
+        description=(
+            "51M-parameter MLP 784-4608-4608-4608-1000 that tells from 784 bytes of source "
+            f"which of {int(files.max()) + 1} files of the Python standard library they are from"
+        ),
+    )
+
+
+def _gpt2_small(batch_size: int | None, seed: int) -> Workload:
+    batch_size = batch_size or 4
+    corpus = data.code_corpus()
+    tokens = "byte-pair" if corpus.tokenizer == "bpe" else "byte"
+    return Workload(
+        name="gpt2-small",
+        # The logits have the width of the real model, also where the tokens are bytes.
+        model=gpt2_small(vocab_size=data.GPT2_VOCAB_SIZE),
+        batches=data.token_batches(
+            corpus.tokens, batch_size, _GPT2_LENGTH, count=_BATCH_COUNT, seed=seed
+        ),
+        loss=next_token_loss,
+        unit="tokens",
+        units_per_batch=batch_size * _GPT2_LENGTH,
+        description=(
+            f"GPT-2 small (124M parameters) on {_GPT2_LENGTH}-token pieces of the Python "
+            f"standard library, {tokens} tokens"
+        ),
+    )
+
+
+def _digits_cnn(batch_size: int | None, seed: int) -> Workload:
+    batch_size = batch_size or 256
+    images, labels = data.digits().train
+    return Workload(
+        name="digits-cnn",
+        model=digits_cnn(),
+        batches=data.batches(images, labels, batch_size, count=_BATCH_COUNT, seed=seed),
+        loss=classification_loss,
+        unit="samples",
+        units_per_batch=batch_size,
+        description="small CNN on scikit-learn's 8x8 handwritten digits",
+    )
+
+
+BUILT_IN: dict[str, Callable[[int | None, int], Workload]] = {
+    "mlp": _mlp,
+    "gpt2-small": _gpt2_small,
+    "digits-cnn": _digits_cnn,
+}
+
+
+def classification_loss(logits: Tensor, batch: tuple[Tensor, ...]) -> Tensor:
+    """Mean cross entropy of ``[batch, classes]`` logits against the batch's last tensor."""
+    return F.cross_entropy(logits, batch[-1])
+
+
+def next_token_loss(logits: Tensor, batch: tuple[Tensor, ...]) -> Tensor:
+    """Mean cross entropy of ``[batch, time, vocabulary]`` logits against the last tensor."""
+    return F.cross_entropy(logits.flatten(0, 1), batch[-1].flatten())
+
+
+def _own(name: str, batch_size: int | None, seed: int) -> Workload:
+    module_name, _, attribute = name.partition(":")
+    if not module_name or not attribute:
+        raise ValueError(f"{name!r} is incomplete; expected package.module:factory")
+    module = _import(module_name, name)
+    factory = _attribute(module, attribute, name)
+    given = {"seed": seed} if batch_size is None else {"seed": seed, "batch_size": batch_size}
+    takers = [factory]
+    result = _call(factory, name, given)
+    if isinstance(result, nn.Module):
+        batch = getattr(module, "batch", None)
+        if not callable(batch):
+            raise TypeError(
+                f"{name} returns a model but no batch to train it on; return (model, batch), or "
+                f"add a function batch() to {module_name}"
+            )
+        takers.append(batch)
+        result = (result, _call(batch, f"{module_name}:batch", given))
+    if batch_size is not None and not any(map(_takes_batch_size, takers)):
+        raise ValueError(
+            f"a batch size was asked for, but {name} has no parameter batch_size to take it"
+        )
+    return _as_workload(result, name)
+
+
+def _as_workload(result: object, name: str) -> Workload:
+    if isinstance(result, Workload):
+        return result
+    if not (
+        isinstance(result, tuple) and len(result) in (2, 3) and isinstance(result[0], nn.Module)
+    ):
+        raise TypeError(
+            f"{name} must return a Workload, (model, batch), (model, batch, loss) or a model; "
+            f"it returned {_describe(result)}"
+        )
+    model, batch, loss = (*result, None)[:3]
+    if loss is not None and not callable(loss):
+        raise TypeError(f"the loss of {name} must be callable, got {_describe(loss)}")
+    batches = as_batches(batch)
+    return Workload(
+        name=name,
+        model=model,
+        batches=batches,
+        loss=loss,
+        unit="samples",
+        units_per_batch=units_in(batches[0]),
+        description=f"{type(model).__name__} from {name}",
+    )
+
+
+def _import(module_name: str, name: str) -> ModuleType:
+    advice = "expected package.module:factory, importable from the current directory"
+    if module_name.endswith(".py") or "/" in module_name:
+        dotted = module_name.removesuffix(".py").strip("./").replace("/", ".")
+        raise ValueError(
+            f"{module_name!r} in {name!r} is a file, not a module; write {dotted}:factory"
+        )
+    try:
+        return importlib.import_module(module_name)
+    except ModuleNotFoundError as error:
+        # A module that the user's module fails to import is another problem than a wrong name.
+        if error.name and (module_name + ".").startswith(error.name + "."):
+            raise ValueError(f"no module {error.name!r} for {name!r}; {advice}") from error
+        raise ValueError(f"{module_name} cannot be imported: {error}") from error
+    except Exception as error:
+        raise ValueError(
+            f"{module_name} cannot be imported: {type(error).__name__}: {error}"
+        ) from error
+
+
+def _attribute(module: ModuleType, attribute: str, name: str) -> Callable[..., Any]:
+    try:
+        factory = getattr(module, attribute)
+    except AttributeError:
+        public = [key for key, value in vars(module).items() if callable(value) and key[0] != "_"]
+        raise ValueError(
+            f"{module.__name__} has no attribute {attribute!r}{_nearest(attribute, public)}"
+        ) from None
+    if not callable(factory) or isinstance(factory, nn.Module):
+        raise TypeError(f"{name} must be a function, got {_describe(factory)}")
+    result: Callable[..., Any] = factory
+    return result
+
+
+def _call(factory: Callable[..., Any], name: str, given: dict[str, int]) -> object:
+    """Call the user's function with as much of ``given`` as it has parameters for."""
+    parameters = inspect.signature(factory).parameters
+    arguments = {key: value for key, value in given.items() if key in parameters}
+    missing = [
+        parameter.name
+        for parameter in parameters.values()
+        if parameter.default is parameter.empty
+        and parameter.kind not in (parameter.VAR_POSITIONAL, parameter.VAR_KEYWORD)
+        and parameter.name not in arguments
+    ]
+    if missing:
+        raise TypeError(
+            f"{name} needs a value for {', '.join(missing)}; it is called with batch_size (where "
+            "one was asked for) and seed only, so give its parameters defaults"
+        )
+    return factory(**arguments)
+
+
+def _takes_batch_size(factory: Callable[..., Any]) -> bool:
+    return "batch_size" in inspect.signature(factory).parameters
+
+
+def _nearest(name: str, known: Sequence[str] | dict[str, Any]) -> str:
+    nearest = difflib.get_close_matches(name, list(known), n=1)
+    return f"; did you mean {nearest[0]!r}?" if nearest else ""
+
+
+def _describe(value: object) -> str:
+    if isinstance(value, tuple):
+        return f"a tuple of ({', '.join(type(item).__name__ for item in value)})"
+    return f"a {type(value).__name__}"

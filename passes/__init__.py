@@ -1,0 +1,33 @@
+"""The graph compiler of optcpu: rewrites of training graphs, built on torch alone."""
+
+from passes.activations import KEPT_WHOLE, SaveOutputsInBf16, expand_activations
+from passes.attention import UnfoldAttentionBackward
+from passes.base import FunctionPass, Pass, PatternPass, Stage, as_pass, cache_key
+from passes.canonicalize import Canonicalize
+from passes.casts import CancelCasts, HoistDowncasts, ShareWeightCasts, SinkUpcasts
+from passes.linear import FuseLinear, RouteProducts
+from passes.linear_backward import FuseLinearBackward
+from passes.precision import POLICY, InsertCasts
+
+__all__ = [
+    "KEPT_WHOLE",
+    "POLICY",
+    "CancelCasts",
+    "Canonicalize",
+    "FunctionPass",
+    "FuseLinear",
+    "FuseLinearBackward",
+    "HoistDowncasts",
+    "InsertCasts",
+    "Pass",
+    "PatternPass",
+    "RouteProducts",
+    "SaveOutputsInBf16",
+    "ShareWeightCasts",
+    "SinkUpcasts",
+    "Stage",
+    "UnfoldAttentionBackward",
+    "as_pass",
+    "cache_key",
+    "expand_activations",
+]

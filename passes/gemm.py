@@ -1,0 +1,199 @@
+"""Matrix products by the fastest kernel that this machine has for their shape.
+
+PyTorch on CPU carries two GEMM libraries: MKL (``aten.mm`` in FP32) and oneDNN
+(``mkldnn._linear_pointwise``, and ``aten.mm`` in BF16), and oneDNN is faster still on a weight that was
+reordered into its blocked layout first. Which one wins depends on the processor, the shape, the dtype
+and the number of threads; so the first product of every kind is measured and the choice remembered,
+in the process and in a file that later processes read.
+"""
+
+from __future__ import annotations
+
+import functools
+import json
+import os
+import tempfile
+import time
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import TypeAlias
+
+import torch
+from torch import Tensor
+
+# What oneDNN applies to the product before it is stored: (activation, its scalars, its algorithm).
+PostOp: TypeAlias = tuple[str, list[float], str]
+NO_POST_OP: PostOp = ("none", [], "")
+
+Kernel: TypeAlias = Callable[[Tensor, Tensor], Tensor]
+
+# Below this many multiply-adds a product takes microseconds whatever computes it.
+_WORTH_MEASURING = 2**22
+_REPEATS = 3
+_TIE = 1.05  # times this close to each other count as equal
+_SECONDS_PER_PRODUCT = 0.25
+
+
+def _aten(a: Tensor, b: Tensor) -> Tensor:
+    return torch.mm(a, b)
+
+
+def _onednn(a: Tensor, b: Tensor) -> Tensor:
+    result: Tensor = torch.ops.mkldnn._linear_pointwise(a, b.t(), None, *NO_POST_OP)
+    return result
+
+
+def _onednn_packed(a: Tensor, b: Tensor) -> Tensor:
+    weight = packed_for(a, b.t())
+    result: Tensor = torch.ops.mkldnn._linear_pointwise(a, weight, None, *NO_POST_OP)
+    return result
+
+
+def packed_for(x: Tensor, weight: Tensor) -> Tensor:
+    """``weight``, shape (N, K), in oneDNN's blocked layout for ``x @ weight.T``."""
+    packed: Tensor = torch.ops.mkldnn._reorder_linear_weight(weight, x.shape[0])
+    return packed
+
+
+@functools.cache
+def onednn_available() -> bool:
+    """Whether this build of PyTorch can run oneDNN's fused linear operator."""
+    return torch.backends.mkldnn.is_available() and hasattr(torch.ops.mkldnn, "_linear_pointwise")
+
+
+@functools.cache
+def kernels() -> dict[str, Kernel]:
+    """The kernels to choose from, by name."""
+    if not onednn_available():
+        return {"aten": _aten}
+    return {"aten": _aten, "onednn": _onednn, "onednn-packed": _onednn_packed}
+
+
+def matmul(a: Tensor, b: Tensor) -> Tensor:
+    """``a @ b`` by the fastest kernel for this shape.
+
+    Args:
+        a: shape (M, K), FP32 or BF16; any strides.
+        b: shape (K, N), same dtype; any strides.
+
+    Returns:
+        Shape (M, N), same dtype, row-major.
+    """
+    return kernels()[fastest(a, b)](a, b)
+
+
+def fastest(a: Tensor, b: Tensor) -> str:
+    """The name of the fastest kernel for ``a @ b``; small products are not worth a search.
+
+    oneDNN wins a tie, since it alone can fuse what follows the product.
+    """
+    return _choose(a, b) if is_large(a, b) and onednn_available() else "aten"
+
+
+def is_large(a: Tensor, b: Tensor) -> bool:
+    """Whether ``a @ b`` takes long enough for its kernel to matter."""
+    return a.shape[0] * b.numel() >= _WORTH_MEASURING
+
+
+def _choose(a: Tensor, b: Tensor) -> str:
+    runs = {name: functools.partial(kernel, a, b) for name, kernel in kernels().items()}
+    return choose(shape_key(a, b), runs, preferred="onednn")
+
+
+def shape_key(a: Tensor, b: Tensor) -> str:
+    """What the time of ``a @ b`` depends on: sizes, orders, dtype and threads."""
+    (m, k), n = a.shape, b.shape[1]
+    layout = f"{_order(a)}{_order(b)}"
+    return f"{m}x{k}x{n} {layout} {str(a.dtype)[6:]} {torch.get_num_threads()}"
+
+
+def _order(matrix: Tensor) -> str:
+    return "n" if matrix.stride(1) == 1 else "t"
+
+
+def choose(key: str, runs: Mapping[str, Callable[[], Tensor]], preferred: str) -> str:
+    """The name of the fastest of ``runs``: remembered under ``key``, or measured and remembered.
+
+    Args:
+        key: names the work; all processes on this machine share what was found for it.
+        runs: ways to do the work, by name; one that raises ``RuntimeError`` is never chosen.
+        preferred: wins a tie.
+    """
+    choices = _choices()
+    if choices.get(key) not in runs:
+        choices[key] = measure(runs, preferred)
+        _save(choices)
+    return choices[key]
+
+
+def measure(runs: Mapping[str, Callable[[], Tensor]], preferred: str) -> str:
+    """The name of the fastest of ``runs``, found by running each a few times."""
+    seconds = {name: _fastest_run(run) for name, run in runs.items()}
+    if seconds.get(preferred, float("inf")) <= _TIE * min(seconds.values()):
+        return preferred
+    return min(seconds, key=lambda name: seconds[name])
+
+
+def _fastest_run(run: Callable[[], Tensor]) -> float:
+    """Seconds of the fastest of a few runs; infinite where the work cannot be done this way."""
+    fastest = float("inf")
+    started = time.perf_counter()
+    try:
+        run()  # builds the primitive and touches the memory
+        for _ in range(_REPEATS):
+            begin = time.perf_counter()
+            run()
+            fastest = min(fastest, time.perf_counter() - begin)
+            if time.perf_counter() - started > _SECONDS_PER_PRODUCT:
+                break
+    except RuntimeError:
+        return float("inf")
+    return fastest
+
+
+def cache_file() -> Path:
+    """Where choices are remembered: one file for each machine type and version of PyTorch."""
+    home = os.environ.get("XDG_CACHE_HOME") or os.path.join(Path.home(), ".cache")
+    machine = f"{torch.backends.cpu.get_cpu_capability()}-{_processor()}-{torch.__version__}"
+    isa = os.environ.get("ONEDNN_MAX_CPU_ISA", "")
+    name = "".join(c if c.isalnum() or c in ".+-" else "_" for c in f"gemm-{machine}-{isa}")
+    return Path(home) / "optcpu" / f"{name}.json"
+
+
+@functools.cache
+def _processor() -> str:
+    try:
+        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
+    except OSError:
+        return "unknown"
+    wanted = ("vendor_id", "cpu family", "model", "stepping", "CPU part")
+    found = {
+        line.split(":")[0].strip(): line.split(":")[1].strip() for line in lines if ":" in line
+    }
+    return "-".join(found[name] for name in wanted if name in found)
+
+
+@functools.cache
+def _choices() -> dict[str, str]:
+    """What is known so far; filled from the file once, then kept in step with it."""
+    try:
+        known = json.loads(cache_file().read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return {}
+    if not isinstance(known, dict):
+        return {}
+    return {k: v for k, v in known.items() if isinstance(k, str) and isinstance(v, str)}
+
+
+def _save(choices: dict[str, str]) -> None:
+    """Write atomically; where the directory cannot be written, later processes measure again."""
+    target = cache_file()
+    try:
+        target.parent.mkdir(parents=True, exist_ok=True)
+        with tempfile.NamedTemporaryFile(
+            "w", dir=target.parent, suffix=".tmp", delete=False, encoding="utf-8"
+        ) as file:
+            json.dump(choices, file, indent=0, sort_keys=True)
+        os.replace(file.name, target)
+    except OSError:
+        return

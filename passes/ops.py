@@ -1,0 +1,249 @@
+"""The fused operators that passes rewrite to.
+
+They are ordinary PyTorch operators of the library ``optcpu`` with a kernel for CPU and shapes for fake
+tensors. They have no autograd formula: the passes that emit them run where forward and backward are
+explicit already.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from passes import native
+from passes.gemm import (
+    NO_POST_OP,
+    PostOp,
+    choose,
+    fastest,
+    is_large,
+    matmul,
+    packed_for,
+    shape_key,
+)
+
+Saved = Literal["output", "input"]
+
+
+@dataclass(frozen=True)
+class Activation:
+    """An activation that can be fused into a linear layer.
+
+    Attributes:
+        forward: its ATen operator.
+        backward: its ATen backward operator, called with (gradient, saved tensor).
+        post_op: how oneDNN calls it.
+        saves: what the backward needs: the activation's output, or its input.
+        arguments: keyword arguments of both ATen operators.
+    """
+
+    forward: object
+    backward: object
+    post_op: PostOp
+    saves: Saved
+    arguments: tuple[tuple[str, str], ...] = ()
+
+
+_aten = torch.ops.aten
+
+ACTIVATIONS: dict[str, Activation] = {
+    "relu": Activation(
+        _aten.relu.default, _aten.threshold_backward.default, ("relu", [], ""), "output"
+    ),
+    "tanh": Activation(_aten.tanh.default, _aten.tanh_backward.default, ("tanh", [], ""), "output"),
+    "sigmoid": Activation(
+        _aten.sigmoid.default, _aten.sigmoid_backward.default, ("sigmoid", [], ""), "output"
+    ),
+    "gelu": Activation(
+        _aten.gelu.default, _aten.gelu_backward.default, ("gelu", [], "none"), "input"
+    ),
+    "gelu_tanh": Activation(
+        _aten.gelu.default,
+        _aten.gelu_backward.default,
+        ("gelu", [], "tanh"),
+        "input",
+        (("approximate", "tanh"),),
+    ),
+    "silu": Activation(_aten.silu.default, _aten.silu_backward.default, ("swish", [], ""), "input"),
+}
+
+_LIBRARY = torch.library.Library("optcpu", "DEF")
+_TAGS = (torch.Tag.needs_fixed_stride_order, torch.Tag.pt2_compliant_tag)
+
+_LIBRARY.define("mm(Tensor a, Tensor b) -> Tensor", tags=_TAGS)
+_LIBRARY.define(
+    "linear(Tensor x, Tensor weight, Tensor? bias, str activation) -> Tensor", tags=_TAGS
+)
+_LIBRARY.define(
+    "linear_saving_input(Tensor x, Tensor weight, Tensor? bias, str activation) -> (Tensor, Tensor)",
+    tags=_TAGS,
+)
+_LIBRARY.define(
+    "linear_add(Tensor x, Tensor weight, Tensor? bias, Tensor residual) -> Tensor", tags=_TAGS
+)
+_LIBRARY.define(
+    "linear_backward(Tensor gradient, Tensor? saved, Tensor x, Tensor? weight, str activation, "
+    "bool needs_bias, ScalarType weight_dtype) -> (Tensor, Tensor, Tensor)",
+    tags=_TAGS,
+)
+
+
+def _mm(a: Tensor, b: Tensor) -> Tensor:
+    """``a @ b`` by the fastest kernel; shapes (M, K) and (K, N)."""
+    return matmul(a, b)
+
+
+def _linear(x: Tensor, weight: Tensor, bias: Tensor | None, activation: str) -> Tensor:
+    """``activation(x @ weight.T + bias)`` in one kernel where oneDNN is the fastest.
+
+    Args:
+        x: shape (M, K), FP32 or BF16.
+        weight: shape (N, K), same dtype as ``x``.
+        bias: shape (N,), FP32 or the dtype of ``x``; or None.
+        activation: a key of :data:`ACTIVATIONS`, or ``"none"``.
+
+    Returns:
+        Shape (M, N), dtype of ``x``.
+    """
+    kernel = fastest(x, weight.t())
+    if kernel == "aten":
+        return _unfused_linear(x, weight, bias, activation)
+    if kernel == "onednn-packed":
+        weight = packed_for(x, weight)
+    post_op = NO_POST_OP if activation == "none" else ACTIVATIONS[activation].post_op
+    result: Tensor = torch.ops.mkldnn._linear_pointwise(x, weight, bias, *post_op)
+    return result
+
+
+def _unfused_linear(x: Tensor, weight: Tensor, bias: Tensor | None, activation: str) -> Tensor:
+    columns = weight.t()
+    result = torch.mm(x, columns) if bias is None else torch.addmm(bias.to(x.dtype), x, columns)
+    return result if activation == "none" else _activate(result, activation)
+
+
+def _activate(tensor: Tensor, activation: str) -> Tensor:
+    rule = ACTIVATIONS[activation]
+    result: Tensor = rule.forward(tensor, **dict(rule.arguments))  # type: ignore[operator]
+    return result
+
+
+def _linear_saving_input(
+    x: Tensor, weight: Tensor, bias: Tensor | None, activation: str
+) -> tuple[Tensor, Tensor]:
+    """The activation of a linear layer together with what went into the activation."""
+    before = _linear(x, weight, bias, "none")
+    return _activate(before, activation), before
+
+
+def _linear_add(x: Tensor, weight: Tensor, bias: Tensor | None, residual: Tensor) -> Tensor:
+    """``x @ weight.T + bias + residual``; residual has the result's shape (M, N) and dtype."""
+    result: Tensor = torch.ops.mkldnn._linear_pointwise.binary(x, residual, weight, bias, "add")
+    return result
+
+
+def _linear_backward(
+    gradient: Tensor,
+    saved: Tensor | None,
+    x: Tensor,
+    weight: Tensor | None,
+    activation: str,
+    needs_bias: bool,
+    weight_dtype: torch.dtype,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """All gradients of ``activation(x @ weight.T + bias)``.
+
+    Args:
+        gradient: of the result, shape (M, N).
+        saved: the activation's output or input (see :class:`Activation`), shape (M, N); None for
+            activation ``"none"``.
+        x: shape (M, K).
+        weight: shape (N, K); None if the gradient of ``x`` is not wanted, which is then empty.
+        activation: a key of :data:`ACTIVATIONS`, or ``"none"``.
+        needs_bias: whether the gradient of the bias is wanted; it is empty otherwise.
+        weight_dtype: of the weight's gradient: that of ``gradient``, or FP32.
+
+    Returns:
+        Gradients of x (M, K), weight (N, K) and bias (N,); x and bias in the dtype of ``gradient``.
+    """
+    if saved is not None:
+        gradient = _activation_backward(gradient, saved, activation)
+    x_gradient = gradient.new_empty(0) if weight is None else matmul(gradient, weight)
+    bias_gradient = gradient.sum(0) if needs_bias else gradient.new_empty(0)
+    return x_gradient, _weight_gradient(gradient, x, weight_dtype), bias_gradient
+
+
+def _weight_gradient(gradient: Tensor, x: Tensor, dtype: torch.dtype) -> Tensor:
+    transposed = gradient.t()
+    if dtype == gradient.dtype:
+        return matmul(transposed, x)
+
+    def narrow() -> Tensor:
+        return matmul(transposed, x).to(dtype)
+
+    def wide() -> Tensor:
+        return native.weight_gradient(gradient, x)
+
+    if not is_large(transposed, x) or not native.weight_gradient_available():
+        return narrow()
+    key = f"fp32 {shape_key(transposed, x)}"
+    return wide() if choose(key, {"narrow": narrow, "wide": wide}, "wide") == "wide" else narrow()
+
+
+def _activation_backward(gradient: Tensor, saved: Tensor, activation: str) -> Tensor:
+    rule = ACTIVATIONS[activation]
+    extra = (0,) if activation == "relu" else ()  # the threshold
+    result: Tensor = rule.backward(gradient, saved, *extra, **dict(rule.arguments))  # type: ignore[operator]
+    return result
+
+
+def _fake_product(rows: Tensor, columns: torch.SymInt | int) -> Tensor:
+    return rows.new_empty((rows.shape[0], columns))
+
+
+def _fake_linear_backward(
+    gradient: Tensor,
+    saved: Tensor | None,
+    x: Tensor,
+    weight: Tensor | None,
+    activation: str,
+    needs_bias: bool,
+    weight_dtype: torch.dtype,
+) -> tuple[Tensor, Tensor, Tensor]:
+    return (
+        x.new_empty(0 if weight is None else x.shape),
+        x.new_empty((gradient.shape[1], x.shape[1]), dtype=weight_dtype),
+        gradient.new_empty(gradient.shape[1] if needs_bias else 0),
+    )
+
+
+_LIBRARY.impl("mm", _mm, "CPU")
+_LIBRARY.impl("linear", _linear, "CPU")
+_LIBRARY.impl("linear_saving_input", _linear_saving_input, "CPU")
+_LIBRARY.impl("linear_add", _linear_add, "CPU")
+_LIBRARY.impl("linear_backward", _linear_backward, "CPU")
+
+torch.library.register_fake("optcpu::mm", lambda a, b: _fake_product(a, b.shape[1]), lib=_LIBRARY)
+torch.library.register_fake(
+    "optcpu::linear", lambda x, weight, *_: _fake_product(x, weight.shape[0]), lib=_LIBRARY
+)
+torch.library.register_fake(
+    "optcpu::linear_saving_input",
+    lambda x, weight, *_: (
+        _fake_product(x, weight.shape[0]),
+        _fake_product(x, weight.shape[0]),
+    ),
+    lib=_LIBRARY,
+)
+torch.library.register_fake(
+    "optcpu::linear_add", lambda x, weight, *_: _fake_product(x, weight.shape[0]), lib=_LIBRARY
+)
+torch.library.register_fake("optcpu::linear_backward", _fake_linear_backward, lib=_LIBRARY)
+
+mm = torch.ops.optcpu.mm.default
+linear_op = torch.ops.optcpu.linear.default
+linear_saving_input = torch.ops.optcpu.linear_saving_input.default
+linear_add = torch.ops.optcpu.linear_add.default
+linear_backward = torch.ops.optcpu.linear_backward.default

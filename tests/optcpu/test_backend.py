@@ -1,0 +1,159 @@
+"""The backend: caches that can be trusted, and parts that cannot be compiled."""
+
+from __future__ import annotations
+
+import os
+import stat
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+import optcpu
+from optcpu.backend import remedy_for
+
+TRAIN = """
+import json, sys, warnings, torch, optcpu
+from torch import nn
+from torch._dynamo.utils import counters
+torch.set_num_threads(2)
+torch.manual_seed(0)
+
+def own(graph):
+    return CHANGE
+
+passes = [own, *optcpu.default_passes("fp32")]
+model = nn.Sequential(nn.Linear(16, 32), nn.ReLU(), nn.LayerNorm(32), nn.Linear(32, 4))
+x = torch.randn(8, 16)
+expected = model(x)
+expected.square().sum().backward()
+gradients = [p.grad.clone() for p in model.parameters()]
+model.zero_grad()
+with warnings.catch_warnings(record=True) as told:
+    warnings.simplefilter("always")
+    optcpu.optimize(model, passes=passes)
+    result = model(x)
+    result.square().sum().backward()
+torch.testing.assert_close(result, expected, rtol=1e-4, atol=1e-5)
+for parameter, gradient in zip(model.parameters(), gradients):
+    torch.testing.assert_close(parameter.grad, gradient, rtol=1e-4, atol=1e-5)
+print(json.dumps({
+    "hits": counters["aot_autograd"]["autograd_cache_hit"],
+    "misses": counters["aot_autograd"]["autograd_cache_miss"],
+    "told": [str(w.message) for w in told if issubclass(w.category, optcpu.FallbackWarning)],
+}))
+"""
+
+
+def train(cache: Path, change: int = 0, **environment: str) -> dict[str, object]:
+    """Train one step in a new process; the numbers are checked there."""
+    import json
+
+    settings = os.environ | {"TORCHINDUCTOR_CACHE_DIR": str(cache)} | environment
+    command = [sys.executable, "-c", TRAIN.replace("CHANGE", str(change))]
+    run = subprocess.run(command, env=settings, capture_output=True, text=True)
+    assert run.returncode == 0, run.stderr
+    return dict(json.loads(run.stdout.splitlines()[-1]))
+
+
+@pytest.mark.slow
+def test_an_unchanged_pipeline_is_served_from_the_cache_of_another_process(tmp_path: Path) -> None:
+    first, again, changed = train(tmp_path), train(tmp_path), train(tmp_path, change=1)
+    assert (first["hits"], again["hits"], changed["hits"]) == (0, 1, 0)
+    assert first["told"] == again["told"] == []
+
+
+@pytest.mark.slow
+def test_without_a_compiler_the_rewritten_graphs_run_eagerly(tmp_path: Path) -> None:
+    told = train(tmp_path, CXX="/no/such/compiler")["told"]
+    assert isinstance(told, list)
+    assert told
+    assert all("install a C++ compiler" in message for message in told)
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(os.geteuid() == 0, reason="root may write anywhere")
+def test_a_read_only_cache_is_told(tmp_path: Path) -> None:
+    tmp_path.chmod(stat.S_IRUSR | stat.S_IXUSR)
+    told = train(tmp_path)["told"]
+    assert isinstance(told, list)
+    assert any("TORCHINDUCTOR_CACHE_DIR" in message for message in told)
+
+
+def test_the_name_of_the_backend() -> None:
+    model, x = nn.Linear(4, 4), torch.randn(2, 4)
+    compiled = torch.compile(model, backend="optcpu", options={"precision": "fp32"})
+    torch.testing.assert_close(compiled(x), model(x))
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"options": {"precison": "fp32"}}, "no option 'precison'"),
+        ({"options": {"precision": "fp8"}}, "not 'fp8'"),
+        ({"mode": "max-autotune"}, "no mode 'max-autotune'"),
+    ],
+)
+def test_unknown_options_are_refused(arguments: dict[str, object], message: str) -> None:
+    compiled = torch.compile(nn.Linear(4, 4), backend="optcpu", **arguments)  # type: ignore[call-overload]
+    with pytest.raises(Exception, match=message):
+        compiled(torch.randn(2, 4))
+
+
+class Doubled(torch.autograd.Function):
+    """An operator of the user's own, with a backward of its own."""
+
+    @staticmethod
+    def forward(ctx: object, x: Tensor) -> Tensor:
+        return x * 2
+
+    @staticmethod
+    def backward(ctx: object, gradient: Tensor) -> Tensor:
+        return gradient * 2
+
+
+class Unusual(nn.Module):
+    """A custom autograd function, a graph break, and control flow that depends on data."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.inward, self.outward = nn.Linear(6, 6), nn.Linear(6, 2)
+
+    def forward(self, x: Tensor) -> dict[str, Tensor]:
+        x = Doubled.apply(self.inward(x))
+        if float(x.sum()) > 0:
+            x = x + 1
+        return {"scores": self.outward(x)}
+
+
+def test_parts_between_graph_breaks_are_compiled() -> None:
+    model = Unusual()
+    x = torch.randn(3, 6)
+    expected = model(x)["scores"]
+    expected.sum().backward()
+    gradients = [p.grad.clone() for p in model.parameters() if p.grad is not None]
+    model.zero_grad()
+    optcpu.optimize(model, precision="fp32")
+    result = model(x)["scores"]
+    result.sum().backward()
+    torch.testing.assert_close(result, expected)
+    for parameter, gradient in zip(model.parameters(), gradients, strict=True):
+        torch.testing.assert_close(parameter.grad, gradient)
+    assert model._compiled_call_impl.record.regions >= 2  # type: ignore[union-attr]
+
+
+@pytest.mark.parametrize(
+    ("error", "remedy"),
+    [
+        (PermissionError(13, "Permission denied"), "TORCHINDUCTOR_CACHE_DIR"),
+        (OSError(30, "Read-only file system"), "TORCHINDUCTOR_CACHE_DIR"),
+        (OSError(28, "No space left on device"), "free disk space"),
+        (RuntimeError("No working C++ compiler found in clang++, g++"), "install a C++ compiler"),
+        (KeyError("x"), "optcpu.inspect"),
+    ],
+)
+def test_remedies(error: Exception, remedy: str) -> None:
+    assert remedy in remedy_for(error)

@@ -1,0 +1,35 @@
+"""The allocator's policy, seen from outside: freed memory is used again without page faults."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+
+import pytest
+
+PROBE = """
+import resource, sys, torch
+from optcpu.memory import keep_freed_memory
+if sys.argv[1] == "keep":
+    assert keep_freed_memory()
+def faults():
+    return resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+def use():
+    torch.zeros(8 * 2**20)  # 32 MiB: 8192 pages
+use(); use()
+before = faults()
+for _ in range(4):
+    use()
+print(faults() - before)
+"""
+
+
+def page_faults(policy: str) -> int:
+    command = [sys.executable, "-c", PROBE, policy]
+    return int(subprocess.run(command, capture_output=True, check=True, text=True).stdout)
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="mallopt belongs to glibc")
+def test_freed_memory_stays() -> None:
+    assert page_faults("default") > 4 * 8000
+    assert page_faults("keep") < 100

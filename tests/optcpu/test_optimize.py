@@ -1,0 +1,188 @@
+"""``optimize`` leaves the module what it is, trains it right, and refuses what it cannot take."""
+
+from __future__ import annotations
+
+import copy
+import pickle
+import warnings
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+
+import optcpu
+from optcpu.optimize import compiled_call
+from optcpu.pipeline import resolve_precision
+
+
+def network() -> nn.Sequential:
+    return nn.Sequential(nn.Linear(12, 24), nn.ReLU(), nn.Linear(24, 3))
+
+
+def gradients(model: nn.Module, x: Tensor) -> list[Tensor]:
+    model.zero_grad()
+    model(x).square().sum().backward()
+    return [p.grad for p in model.parameters() if p.grad is not None]
+
+
+def test_the_module_stays_what_it_is() -> None:
+    model, x = network(), torch.randn(5, 12)
+    keys, names = list(model.state_dict()), [name for name, _ in model.named_modules()]
+    calls: list[str] = []
+    model.register_forward_hook(lambda *_: calls.append("hook"))
+    expected = model(x)
+    assert optcpu.optimize(model, precision="fp32") is model
+    assert isinstance(model, nn.Sequential)
+    torch.testing.assert_close(model(x), expected)
+    assert list(model.state_dict()) == keys
+    assert [name for name, _ in model.named_modules()] == names
+    assert calls == ["hook", "hook"]
+    assert not model.eval().training
+    assert model.train().training
+
+
+def test_copies_and_pickles_are_plain_models() -> None:
+    model, x = optcpu.optimize(network(), precision="fp32"), torch.randn(5, 12)
+    expected = model(x)
+    for twin in (copy.deepcopy(model), pickle.loads(pickle.dumps(model))):
+        assert compiled_call(twin) is None
+        torch.testing.assert_close(twin(x), expected)
+
+
+def test_restore_gives_the_plain_model_back() -> None:
+    model = optcpu.optimize(network())
+    assert compiled_call(model) is not None
+    assert optcpu.restore(model) is model
+    assert model._compiled_call_impl is None
+    assert optcpu.restore(model) is model
+
+
+def test_a_second_call_changes_nothing() -> None:
+    model = optcpu.optimize(network(), precision="fp32")
+    first = compiled_call(model)
+    assert optcpu.optimize(model, precision="fp32") is model
+    assert compiled_call(model) is first
+
+
+def test_other_settings_are_refused() -> None:
+    model = optcpu.optimize(network(), precision="fp32")
+    with pytest.raises(optcpu.OptcpuError, match=r"restore\(model\)"):
+        optcpu.optimize(model, precision="fp32", passes=[])
+
+
+def test_it_trains_like_eager() -> None:
+    model, x, y = network(), torch.randn(64, 12), torch.randint(3, (64,))
+    reference = copy.deepcopy(model)
+    model, optimizer = optcpu.optimize(
+        model, torch.optim.AdamW(model.parameters(), lr=1e-2), precision="fp32"
+    )
+    for module, update in (
+        (model, optimizer),
+        (reference, torch.optim.AdamW(reference.parameters(), lr=1e-2)),
+    ):
+        for _ in range(20):
+            update.zero_grad()
+            functional.cross_entropy(module(x), y).backward()
+            update.step()
+    for ours, theirs in zip(model.parameters(), reference.parameters(), strict=True):
+        torch.testing.assert_close(ours, theirs, rtol=1e-3, atol=1e-4)
+
+
+def test_evaluation_in_between() -> None:
+    model, x = network(), torch.randn(5, 12)
+    reference = copy.deepcopy(model)
+    optcpu.optimize(model, precision="fp32")
+    first = gradients(model, x)
+    with torch.no_grad():
+        torch.testing.assert_close(model(x), reference(x))
+    for again, once, eager in zip(gradients(model, x), first, gradients(reference, x), strict=True):
+        torch.testing.assert_close(again, once)
+        torch.testing.assert_close(once, eager, rtol=1e-4, atol=1e-5)
+
+
+def test_changing_batch_sizes_compile_twice_at_most() -> None:
+    model = network()
+    reference = copy.deepcopy(model)
+    optcpu.optimize(model, precision="fp32")
+    for size in (4, 7, 9, 16, 31):
+        x = torch.randn(size, 12)
+        for ours, theirs in zip(gradients(model, x), gradients(reference, x), strict=True):
+            torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-4)
+    call = compiled_call(model)
+    assert call is not None
+    assert call.record.regions <= 2
+    assert call.record.fallbacks == []
+
+
+def test_frozen_parameters_have_no_gradient() -> None:
+    model = network()
+    model[0].requires_grad_(False)
+    gradients(optcpu.optimize(model), torch.randn(5, 12))
+    assert model[0].weight.grad is None
+    assert model[2].weight.grad is not None
+
+
+def test_gradients_accumulate() -> None:
+    model, x = network(), torch.randn(6, 12)
+    reference = copy.deepcopy(model)
+    optcpu.optimize(model, precision="fp32")
+    for part in x.chunk(2):
+        model(part).sum().backward()
+    reference(x).sum().backward()
+    for ours, theirs in zip(model.parameters(), reference.parameters(), strict=True):
+        torch.testing.assert_close(ours.grad, theirs.grad, rtol=1e-4, atol=1e-5)
+
+
+def test_input_of_the_wrong_shape_fails_as_in_pytorch_and_leaves_the_model_usable() -> None:
+    model = optcpu.optimize(network(), precision="fp32")
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        with pytest.raises(RuntimeError, match="mat1 and mat2 shapes cannot be multiplied"):
+            model(torch.randn(5, 11))
+        assert model(torch.randn(5, 12)).shape == (5, 3)
+    call = compiled_call(model)
+    assert call is not None
+    assert call.record.fallbacks == []
+
+
+def test_bad_models_are_refused_and_left_alone() -> None:
+    poisoned = network()
+    with torch.no_grad():
+        poisoned[0].bias[3] = float("nan")
+    cases: list[tuple[object, type[Exception], str]] = [
+        (lambda x: x, TypeError, "must be a torch.nn.Module, not function"),
+        (network().double(), ValueError, r"'0.weight' is torch.float64.*model.float\(\)"),
+        (network().half(), ValueError, "'0.weight' is torch.float16"),
+        (network().to("meta"), ValueError, r"'0.weight' is on meta.*model.cpu\(\)"),
+        (poisoned, ValueError, "'0.bias' holds NaN or infinity"),
+    ]
+    for model, error, message in cases:
+        with pytest.raises(error, match=message):
+            optcpu.optimize(model)  # type: ignore[call-overload]
+        if isinstance(model, nn.Module):
+            assert model._compiled_call_impl is None
+
+
+@pytest.mark.parametrize(
+    ("arguments", "error", "message"),
+    [
+        ({"precision": "fp8"}, ValueError, "'auto', 'bf16' or 'fp32', not 'fp8'"),
+        ({"passes": ["relu"]}, TypeError, "not 'relu'"),
+        ({"optimizer": "adam"}, TypeError, "must be a torch.optim.Optimizer, not str"),
+    ],
+)
+def test_bad_arguments_are_refused(
+    arguments: dict[str, object], error: type[Exception], message: str
+) -> None:
+    model = network()
+    with pytest.raises(error, match=message):
+        optcpu.optimize(model, **arguments)  # type: ignore[call-overload]
+    assert model._compiled_call_impl is None
+
+
+def test_bf16_without_hardware_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("ONEDNN_MAX_CPU_ISA", "AVX2")
+    assert resolve_precision("auto") == "fp32"
+    with pytest.warns(UserWarning, match="several times longer"):
+        optcpu.optimize(network(), precision="bf16")

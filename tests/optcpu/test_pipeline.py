@@ -1,0 +1,93 @@
+"""The list of passes: visible, ordered, and safe against passes that fail."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import fx, nn
+
+import optcpu
+from optcpu.backend import Backend
+from optcpu.pipeline import Pipeline, resolve_precision
+from optcpu.record import Record
+from passes import CancelCasts, Canonicalize, InsertCasts
+from passes.graph import aten, calls, cast
+
+
+def relu_network() -> nn.Sequential:
+    return nn.Sequential(nn.Linear(8, 8), nn.ReLU(), nn.Linear(8, 2))
+
+
+def raises(graph: fx.Graph) -> int:
+    for node in calls(graph, aten.relu.default):
+        node.replace_all_uses_with(node.args[0])
+    raise KeyError("the pass is broken")
+
+
+def narrows_an_output(graph: fx.Graph) -> int:
+    (output,) = (node for node in graph.nodes if node.op == "output")
+    first = output.args[0][0]
+    with graph.inserting_before(output):
+        output.args = ([cast(first, first, torch.bfloat16), *output.args[0][1:]],)
+    return 1
+
+
+def leaves_an_invalid_graph(graph: fx.Graph) -> int:
+    first, *_, output = graph.nodes
+    with graph.inserting_before(first):
+        late = graph.call_function(aten.neg.default, (output.args[0][0],))
+    late.meta["val"] = output.args[0][0].meta["val"]
+    return 1
+
+
+def test_the_list_is_ordered_and_free_to_change() -> None:
+    passes = optcpu.default_passes()
+    stages = [step.stage for step in passes]
+    assert stages == sorted(stages), "joint passes come before split ones"
+    passes.clear()
+    assert optcpu.default_passes() != []
+    assert [p.name for p in optcpu.default_passes("fp32") if p.changes_numerics] == []
+
+
+def test_precision() -> None:
+    assert resolve_precision("fp32") == "fp32"
+    assert resolve_precision("bf16") == "bf16"
+    with pytest.raises(ValueError, match="not 'tf32'"):
+        resolve_precision("tf32")
+
+
+def test_the_key_depends_on_the_passes_and_their_order() -> None:
+    keys = {
+        Pipeline.of(passes).cache_key()
+        for passes in (
+            [],
+            [Canonicalize()],
+            [Canonicalize(), CancelCasts()],
+            [CancelCasts(), Canonicalize()],
+            [InsertCasts()],
+        )
+    }
+    assert len(keys) == 5
+    assert Pipeline.of([Canonicalize()]).cache_key() == Pipeline.of([Canonicalize()]).cache_key()
+
+
+@pytest.mark.parametrize("broken", [raises, narrows_an_output, leaves_an_invalid_graph])
+def test_a_failing_pass_is_undone_and_told_once(broken: object) -> None:
+    model, x = relu_network(), torch.randn(3, 8)
+    record = Record()
+    passes = [Canonicalize(), broken, CancelCasts()]
+    backend = Backend(Pipeline.of(passes), record=record, codegen=False)  # type: ignore[list-item]
+    name = broken.__name__.replace("_", "-")  # type: ignore[attr-defined]
+    with pytest.warns(optcpu.FallbackWarning, match=f"pass {name}.*Remedy") as told:
+        result = torch.compile(model, backend=backend)(x)
+    assert len(told) == 1
+    torch.testing.assert_close(result, model(x))
+    (joint,) = (g for g in record.graphs if g.kind == "joint")
+    assert [run.name for run in joint.runs] == ["canonicalize", name, "cancel-casts"]
+    assert [run.error is None for run in joint.runs] == [True, False, True]
+
+
+def test_a_failing_pass_raises_where_fallbacks_are_forbidden() -> None:
+    backend = Backend(Pipeline.of([raises]), fallback=False, codegen=False)
+    with pytest.raises(Exception, match="^optcpu: pass raises was undone: KeyError"):
+        torch.compile(relu_network(), backend=backend)(torch.randn(3, 8))

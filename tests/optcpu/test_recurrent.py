@@ -1,0 +1,53 @@
+"""Models with recurrent layers: autocast's numbers, FP32 results, and nothing changed in the model."""
+
+from __future__ import annotations
+
+import copy
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+import optcpu
+from optcpu.recurrent import has_recurrent_layers
+
+
+class Classifier(nn.Module):
+    def __init__(self, layer: type[nn.RNNBase]) -> None:
+        super().__init__()
+        self.layer = layer(8, 16, batch_first=True)
+        self.head = nn.Linear(16, 3)
+
+    def forward(self, x: Tensor) -> dict[str, Tensor]:
+        return {"logits": self.head(self.layer(x)[0][:, -1])}
+
+
+RECURRENT = [nn.LSTM, nn.GRU, nn.RNN]
+
+
+@pytest.mark.parametrize("layer", RECURRENT)
+def test_bf16_computes_what_autocast_computes(layer: type[nn.RNNBase]) -> None:
+    model = Classifier(layer)
+    reference = copy.deepcopy(model)
+    x = torch.randn(4, 6, 8)
+    logits = optcpu.optimize(model, precision="bf16")(x)["logits"]
+    with torch.autocast("cpu", torch.bfloat16):
+        expected = reference(x)["logits"]
+    assert logits.dtype == torch.float32
+    torch.testing.assert_close(logits, expected.float(), rtol=2e-2, atol=2e-2)
+    logits.sum().backward()
+    assert all(p.grad is not None and p.grad.dtype == torch.float32 for p in model.parameters())
+
+
+@pytest.mark.parametrize("layer", RECURRENT)
+def test_fp32_computes_what_eager_computes(layer: type[nn.RNNBase]) -> None:
+    model = Classifier(layer)
+    reference = copy.deepcopy(model)
+    x = torch.randn(4, 6, 8)
+    result = optcpu.optimize(model, precision="fp32")(x)["logits"]
+    torch.testing.assert_close(result, reference(x)["logits"])
+
+
+def test_recurrent_layers_are_found_at_any_depth() -> None:
+    assert has_recurrent_layers(nn.Sequential(nn.Sequential(nn.LSTM(2, 2))))
+    assert not has_recurrent_layers(nn.Sequential(nn.Linear(2, 2), nn.LSTMCell(2, 2)))

@@ -1,0 +1,92 @@
+"""The choice of a kernel changes the speed of a product, never its value, and is remembered."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from passes import gemm
+
+
+@pytest.fixture
+def own_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
+    """An empty memory of choices, in the process and on disk."""
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    gemm._choices.cache_clear()
+    yield tmp_path
+    gemm._choices.cache_clear()
+
+
+def oriented(rows: int, columns: int, dtype: torch.dtype, transposed: bool) -> torch.Tensor:
+    if transposed:
+        return torch.randn(columns, rows).to(dtype).t()
+    return torch.randn(rows, columns).to(dtype)
+
+
+@settings(max_examples=40, deadline=None)
+@given(
+    sizes=st.tuples(st.integers(1, 70), st.integers(1, 70), st.integers(1, 70)),
+    transposed=st.tuples(st.booleans(), st.booleans()),
+    dtype=st.sampled_from([torch.float32, torch.bfloat16]),
+)
+def test_every_kernel_computes_the_product(
+    sizes: tuple[int, int, int], transposed: tuple[bool, bool], dtype: torch.dtype
+) -> None:
+    m, k, n = sizes
+    a, b = oriented(m, k, dtype, transposed[0]), oriented(k, n, dtype, transposed[1])
+    expected = a.double() @ b.double()
+    tolerance = (2e-2 if dtype == torch.bfloat16 else 1e-5) * k**0.5
+    for kernel in gemm.kernels().values():
+        result = kernel(a, b)
+        assert result.dtype == dtype
+        torch.testing.assert_close(result.double(), expected, rtol=1e-2, atol=tolerance)
+
+
+def test_small_products_are_not_measured(own_cache: Path) -> None:
+    gemm.matmul(torch.randn(8, 8), torch.randn(8, 8))
+    assert gemm._choices() == {}
+
+
+def test_a_choice_is_measured_once_and_read_by_later_processes(own_cache: Path) -> None:
+    a, b = torch.randn(256, 256), torch.randn(256, 256)
+    assert gemm.fastest(a, b) in gemm.kernels()
+    stored = json.loads(gemm.cache_file().read_text())
+    assert list(stored) == ["256x256x256 nn float32 2"]
+
+    other = next(name for name in gemm.kernels() if name != stored["256x256x256 nn float32 2"])
+    gemm.cache_file().write_text(json.dumps({"256x256x256 nn float32 2": other}))
+    gemm._choices.cache_clear()  # as a new process begins
+    assert gemm.fastest(a, b) == other
+
+
+@pytest.mark.parametrize(
+    "content", ["", "{", "[]", '{"256x256x256 nn float32 2": "no such kernel"}']
+)
+def test_a_damaged_file_is_measured_anew(own_cache: Path, content: str) -> None:
+    gemm.cache_file().parent.mkdir(parents=True)
+    gemm.cache_file().write_text(content)
+    a, b = torch.randn(256, 256), torch.randn(256, 256)
+    assert gemm.fastest(a, b) in gemm.kernels()
+
+
+def test_a_cache_that_cannot_be_written_does_no_harm(
+    own_cache: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (own_cache / "file").write_text("")
+    monkeypatch.setenv("XDG_CACHE_HOME", str(own_cache / "file"))
+    a, b = torch.randn(256, 256), torch.randn(256, 256)
+    torch.testing.assert_close(gemm.matmul(a, b), a @ b, rtol=1e-4, atol=1e-3)
+
+
+def test_a_run_that_fails_is_never_chosen() -> None:
+    def broken() -> torch.Tensor:
+        raise RuntimeError("could not create a primitive")
+
+    runs = {"broken": broken, "sound": lambda: torch.zeros(1)}
+    assert gemm.measure(runs, preferred="broken") == "sound"

@@ -1,0 +1,130 @@
+"""Whole models of every family: eager's numbers in FP32, autocast's error in BF16, eager's loss curve."""
+
+from __future__ import annotations
+
+import copy
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+import optcpu
+from optcpu.optimize import compiled_call
+from tests.families import FAMILIES, Family, Inputs, loss_of, tensors_of
+
+SEEDS = 3  # a BF16 error is judged over several inputs: a single one may be lucky
+
+Result = dict[str, Tensor]
+
+
+@pytest.fixture(params=FAMILIES, ids=lambda family: family.name)
+def family(request: pytest.FixtureRequest) -> Family:
+    return request.param  # type: ignore[no-any-return]
+
+
+def built(family: Family) -> nn.Module:
+    torch.manual_seed(1)
+    return family.build()
+
+
+def inputs(family: Family, seed: int, batch: int | None = None) -> Inputs:
+    torch.manual_seed(100 + seed)
+    return family.inputs(batch or family.batch)
+
+
+def step(model: nn.Module, given: Inputs, autocast: bool = False) -> Result:
+    """Outputs, buffers and gradients of one forward and backward, all in FP32."""
+    args, kwargs = given
+    model.zero_grad()
+    with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
+        output = model(*args, **kwargs)
+    loss_of(output).backward()
+    result = {f"output {k}": v.detach().float() for k, v in tensors_of(output).items()}
+    result |= {f"buffer {k}": v.float().clone() for k, v in model.named_buffers()}
+    gradients = {k: p.grad for k, p in model.named_parameters() if p.grad is not None}
+    return result | {f"gradient {k}": g.clone() for k, g in gradients.items()}
+
+
+def no_fallbacks(model: nn.Module) -> bool:
+    call = compiled_call(model)
+    return call is not None and call.record.fallbacks == []
+
+
+@pytest.mark.slow
+def test_fp32_equals_eager(family: Family) -> None:
+    model, reference = built(family), built(family)
+    optcpu.optimize(model, precision="fp32")
+    ours, eager = step(model, inputs(family, 0)), step(reference, inputs(family, 0))
+    assert ours.keys() == eager.keys()
+    largest = max(float(v.norm()) for k, v in eager.items() if k.startswith("gradient"))
+    for name, expected in eager.items():
+        difference = float((ours[name] - expected).norm())
+        assert difference <= 1e-4 * float(expected.norm()) + 1e-6 * largest, name
+    assert no_fallbacks(model)
+
+
+@pytest.mark.slow
+def test_bf16_is_as_exact_as_autocast(family: Family) -> None:
+    model = optcpu.optimize(built(family), precision="bf16")
+    given = [inputs(family, seed) for seed in range(SEEDS)]
+    exact = [step(built(family), i) for i in given]
+    autocast = [step(built(family), i, autocast=True) for i in given]
+    state = copy.deepcopy(model.state_dict())
+    ours = []
+    for i in given:
+        model.load_state_dict(state)  # batch statistics start anew for every input
+        ours.append(step(model, i))
+    assert no_fallbacks(model)
+    kinds = {"output": _of_kind("output"), "gradient": _of_kind("gradient")}
+    for kind, pick in kinds.items():
+        own, theirs = _error(ours, exact, pick), _error(autocast, exact, pick)
+        assert own <= 1.5 * theirs + 1e-4, f"{kind}s: {own:.2e} against {theirs:.2e}"
+    scale = _norm(exact, kinds["gradient"])
+    for name in exact[0]:
+        own, theirs = (_error(r, exact, lambda key, n=name: key == n) for r in (ours, autocast))
+        floor = 1e-3 * scale / max(_norm(exact, lambda key, n=name: key == n), 1e-12)
+        assert own <= 1.5 * theirs + 2e-3 + floor, f"{name}: {own:.2e} against {theirs:.2e}"
+
+
+def _of_kind(kind: str) -> Any:
+    return lambda name: name.startswith(kind)
+
+
+def _norm(results: list[Result], pick: Any) -> float:
+    return float(
+        sum(v.double().square().sum() for r in results for k, v in r.items() if pick(k)) ** 0.5
+    )
+
+
+def _error(results: list[Result], exact: list[Result], pick: Any) -> float:
+    """The relative L2 error of what ``pick`` picks, over all inputs."""
+    differences = [{k: r[k] - e[k] for k in e} for r, e in zip(results, exact, strict=True)]
+    return _norm(differences, pick) / max(_norm(exact, pick), 1e-12)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+def test_200_steps_follow_the_eager_loss(family: Family, precision: str) -> None:
+    if precision == "fp32" and family not in FAMILIES[::4]:
+        pytest.skip("every fourth family is enough where a single step is exact")
+    curves = []
+    for optimized in (False, True):
+        model = built(family)
+        optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3)
+        if optimized:
+            optcpu.optimize(model, optimizer, precision=precision)
+        curve = []
+        for i in range(200):
+            args, kwargs = inputs(family, i % 4, batch=8)
+            loss = loss_of(model(*args, **kwargs))
+            optimizer.zero_grad()
+            loss.backward()
+            optimizer.step()
+            curve.append(loss.item())
+        curves.append(torch.tensor(curve))
+    eager, ours = curves
+    fallen = float(eager[:4].mean() - eager[-4:].mean())
+    assert fallen > 0
+    assert float((ours - eager).abs().mean()) <= 0.03 * fallen
+    assert float((ours[-20:] - eager[-20:]).abs().mean()) <= 0.05 * fallen

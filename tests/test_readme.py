@@ -1,0 +1,110 @@
+"""What the README shows works as it is written there; so does every example."""
+
+from __future__ import annotations
+
+import os
+import re
+import shlex
+import subprocess
+import sys
+from importlib.metadata import entry_points
+from pathlib import Path
+
+import pytest
+
+from optcpu.cli import _parser
+
+ROOT = Path(__file__).parents[1]
+README = (ROOT / "README.md").read_text()
+EXAMPLES = sorted((ROOT / "examples").glob("*.py"))
+
+
+def _sections() -> dict[str, str]:
+    """The Python code of each section that has some, its blocks one after the other."""
+    sections = {}
+    for section in re.split(r"^#{1,2} ", README, flags=re.MULTILINE)[1:]:
+        title = section.partition("\n")[0]
+        blocks = re.findall(r"^```python\n(.*?)^```", section, flags=re.MULTILINE | re.DOTALL)
+        if blocks:
+            sections[title] = "\n".join(blocks)
+    return sections
+
+
+SECTIONS = _sections()
+
+
+def _shell_lines() -> list[str]:
+    blocks = re.findall(r"^```sh\n(.*?)^```", README, flags=re.MULTILINE | re.DOTALL)
+    return [line for block in blocks for line in block.splitlines() if line.strip()]
+
+
+# A part that falls back to eager would still run; here it has to be compiled.
+_STRICT = """
+import runpy, sys, warnings
+from optcpu.errors import FallbackWarning
+warnings.simplefilter("error", FallbackWarning)
+runpy.run_path(sys.argv[1], run_name="__main__")
+"""
+
+
+def _run(script: Path, cwd: Path) -> None:
+    ended = subprocess.run(
+        [sys.executable, "-c", _STRICT, str(script)],
+        capture_output=True,
+        text=True,
+        cwd=cwd,
+        env=os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "2"},
+        timeout=600,
+    )
+    assert ended.returncode == 0, ended.stdout + ended.stderr
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("title", SECTIONS)
+def test_python_code(title: str, tmp_path: Path) -> None:
+    code = SECTIONS[title]
+    installed = any(e.name == "optcpu" for e in entry_points(group="torch_dynamo_backends"))
+    if 'backend="optcpu"' in code and not installed:
+        pytest.skip("torch.compile finds the backend only where optcpu is installed")
+    script = tmp_path / "readme.py"
+    script.write_text(code)
+    _run(script, tmp_path)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("example", EXAMPLES, ids=[path.name for path in EXAMPLES])
+def test_example(example: Path, tmp_path: Path) -> None:
+    _run(example, tmp_path)
+
+
+def test_has_code_to_run() -> None:
+    assert len(SECTIONS) >= 4
+
+
+@pytest.mark.parametrize("line", [line for line in _shell_lines() if line.startswith("optcpu ")])
+def test_commands_are_understood(line: str) -> None:
+    arguments = _parser().parse_args(shlex.split(line, comments=True)[1:])
+    assert arguments.run is not None
+
+
+def test_install_commands_name_what_is_there() -> None:
+    installs = [line for line in _shell_lines() if line.startswith("pip install")]
+    assert [line.partition(" && ")[2] for line in installs] == ["optcpu compare", "pytest"]
+    project = (ROOT / "pyproject.toml").read_text()
+    for line in installs:
+        extras = re.search(r'"\.\[(.*?)\]"', line)
+        assert extras is not None
+        for extra in extras.group(1).split(","):
+            assert re.search(rf"^{extra} = \[", project, flags=re.MULTILINE)
+        constraints = re.search(r"-c (\S+)", line)
+        assert constraints is not None
+        assert (ROOT / constraints.group(1)).exists()
+
+
+def test_constraints_pin_every_library_that_the_extras_name() -> None:
+    project = (ROOT / "pyproject.toml").read_text()
+    declared = project.partition("dependencies = [")[2].partition("[project.scripts]")[0]
+    ipex = re.compile(r"^ipex = .*$", flags=re.MULTILINE)  # that one needs another torch
+    names = set(re.findall(r'"([\w-]+)[><=~]=', ipex.sub("", declared)))
+    pinned = re.findall(r"^([\w-]+)==", (ROOT / "constraints.txt").read_text(), flags=re.MULTILINE)
+    assert names <= set(pinned)
