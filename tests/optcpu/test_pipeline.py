@@ -89,5 +89,5 @@ def test_a_failing_pass_is_undone_and_told_once(broken: object) -> None:
 
 def test_a_failing_pass_raises_where_fallbacks_are_forbidden() -> None:
     backend = Backend(Pipeline.of([raises]), fallback=False, codegen=False)
-    with pytest.raises(Exception, match="^optcpu: pass raises was undone: KeyError"):
+    with pytest.raises(Exception, match="optcpu: pass raises was undone: KeyError"):
         torch.compile(relu_network(), backend=backend)(torch.randn(3, 8))
