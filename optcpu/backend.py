@@ -10,7 +10,6 @@ looked up before they run, so their key enters through ``uuid()``.
 from __future__ import annotations
 
 import copy
-import warnings
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -23,7 +22,7 @@ from torch._inductor.decomposition import select_decomp_table
 from torch._inductor.fx_passes.post_grad import view_to_reshape
 
 import passes
-from optcpu.errors import CompileError, FallbackWarning
+from optcpu.errors import CompileError, FallbackWarning, warn
 from optcpu.pipeline import Pipeline, default_passes, resolve_precision
 from optcpu.record import Fallback, GraphKind, GraphRun, Record
 
@@ -113,9 +112,7 @@ class Backend:
         told = {f.reason for f in self.record.fallbacks}
         self.record.fallbacks.append(fallback)
         if fallback.reason not in told:
-            warnings.warn(
-                f"{message}. {instead}, with the right numbers.", FallbackWarning, stacklevel=2
-            )
+            warn(f"{message}. {instead}, with the right numbers.", FallbackWarning)
 
 
 _RAN = "optcpu_joint_passes_ran"
@@ -157,7 +154,7 @@ class _GraphCompiler:
         if "get_decomp_fn" in options:  # 2.13; the cache key needs one that can be pickled
             options["get_decomp_fn"] = _decompositions
         try:
-            passes.expand_activations(module.graph)
+            graph_run.written_out = passes.lower(module.graph)
             module.recompile()
             if not self._backend.codegen:
                 return _boxed(module)

@@ -90,6 +90,12 @@ def _inspection(
     notes = list(observation.notes)
     if not regions:
         notes.append("Nothing was captured: the model runs eagerly.")
+    written_out = sum(graph.written_out for graph in observation.record.graphs)
+    if written_out:
+        notes.append(
+            f"{written_out} of the fused operators are small: behind the final graphs they are written "
+            "out as plain operators, since a call would cost more than it gains."
+        )
     return Inspection(
         model=_typename(model),
         modules=modules_of(observation.model, regions),

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, TypeVar, overload
@@ -15,11 +14,11 @@ from torch.optim import Optimizer
 import passes as p
 from optcpu.backend import Backend
 from optcpu.cpu import capabilities
-from optcpu.errors import OptcpuError
+from optcpu.errors import OptcpuError, warn
 from optcpu.memory import keep_freed_memory
 from optcpu.pipeline import Pipeline, Precision, default_passes, resolve_precision
 from optcpu.record import Record
-from optcpu.recurrent import has_recurrent_layers, under_autocast
+from optcpu.recurrent import needs_autocast, under_autocast
 from optcpu.update import use_fused_update
 from passes.base import Rewrite
 
@@ -114,10 +113,9 @@ def optimize(
         )
     if present is None:
         if resolved == "bf16" and not capabilities().bf16:
-            warnings.warn(
+            warn(
                 "this processor has no BF16 arithmetic (AVX512_BF16 or AMX): BF16 is emulated and a "
-                "training step will take several times longer than with precision='fp32'",
-                stacklevel=2,
+                "training step will take several times longer than with precision='fp32'"
             )
         if keep_memory:
             keep_freed_memory()
@@ -165,7 +163,7 @@ class CompiledCall:
         self._compiled: Callable[..., Any] = torch.compile(
             _own_frame(self._eager), backend=self.backend, dynamic=settings.dynamic
         )
-        if settings.precision == "bf16" and has_recurrent_layers(model):
+        if needs_autocast(model, settings.precision):
             self._compiled = under_autocast(self._compiled)
         self._given_up = False
 

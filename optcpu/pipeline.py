@@ -25,15 +25,17 @@ def default_passes(precision: Precision = "bf16") -> list[p.Pass]:
     """
     in_bf16: list[p.Pass] = [
         p.InsertCasts(),
-        p.SinkUpcasts(),
         p.HoistDowncasts(),
-        p.CancelCasts(),
+        p.MaxPoolInBf16(),
         p.SaveOutputsInBf16(),
+        p.SinkUpcasts(),
+        p.CancelCasts(),
         p.ShareWeightCasts(),
     ]
     return [
         # On forward and backward as one graph:
         p.Canonicalize(),
+        p.SubsampleForWeightGradient(),
         *(in_bf16 if precision == "bf16" else []),
         # On each of the two by itself:
         p.UnfoldAttentionBackward(),

@@ -41,6 +41,8 @@ class GraphRun:
         runs: the passes in order.
         initial, final: the graph before the first pass and as it went to the code generator; None unless
             graphs are kept.
+        written_out: how many fused operators of the final graph the code generator gets as ATen operators,
+            since their products are small.
         output_code: what Inductor generated; None unless graphs are kept and code is generated.
     """
 
@@ -49,6 +51,7 @@ class GraphRun:
     runs: list[PassRun] = field(default_factory=list)
     initial: fx.Graph | None = None
     final: fx.Graph | None = None
+    written_out: int = 0
     output_code: str | None = None
 
 

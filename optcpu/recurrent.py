@@ -20,6 +20,15 @@ def has_recurrent_layers(model: nn.Module) -> bool:
     return any(isinstance(layer, nn.RNNBase) for layer in model.modules())
 
 
+def needs_autocast(model: nn.Module, precision: str) -> bool:
+    """Whether BF16 reaches a layer of ``model`` through autocast alone.
+
+    Not on processors without AVX512, where oneDNN has no BF16 kernel for an LSTM and autocast raises.
+    """
+    supported: bool = torch.ops.mkldnn._is_mkldnn_bf16_supported()
+    return precision == "bf16" and has_recurrent_layers(model) and supported
+
+
 def under_autocast(call: Callable[..., Any]) -> Callable[..., Any]:
     """``call`` under BF16 autocast, with FP32 results in place of BF16 ones."""
 

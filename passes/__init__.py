@@ -1,12 +1,14 @@
 """The graph compiler of optcpu: rewrites of training graphs, built on torch alone."""
 
-from passes.activations import KEPT_WHOLE, SaveOutputsInBf16, expand_activations
+from passes.activations import KEPT_WHOLE, MaxPoolInBf16, SaveOutputsInBf16
 from passes.attention import UnfoldAttentionBackward
 from passes.base import FunctionPass, Pass, PatternPass, Stage, as_pass, cache_key
 from passes.canonicalize import Canonicalize
 from passes.casts import CancelCasts, HoistDowncasts, ShareWeightCasts, SinkUpcasts
+from passes.convolution import SubsampleForWeightGradient
 from passes.linear import FuseLinear, RouteProducts
 from passes.linear_backward import FuseLinearBackward
+from passes.lowering import lower
 from passes.precision import POLICY, InsertCasts
 
 __all__ = [
@@ -19,6 +21,7 @@ __all__ = [
     "FuseLinearBackward",
     "HoistDowncasts",
     "InsertCasts",
+    "MaxPoolInBf16",
     "Pass",
     "PatternPass",
     "RouteProducts",
@@ -26,8 +29,9 @@ __all__ = [
     "ShareWeightCasts",
     "SinkUpcasts",
     "Stage",
+    "SubsampleForWeightGradient",
     "UnfoldAttentionBackward",
     "as_pass",
     "cache_key",
-    "expand_activations",
+    "lower",
 ]

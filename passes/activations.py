@@ -46,11 +46,7 @@ class SaveOutputsInBf16(Pass):
         for node in calls(graph, *_FROM_OUTPUT):
             output = node.args[1]
             assert isinstance(output, fx.Node)
-            copies = [
-                user
-                for user in output.users
-                if is_cast(user) and dtype(user) == torch.bfloat16 and user < node
-            ]
+            copies = [user for user in output.users if _is_rounding(user) and user < node]
             if dtype(output) != torch.float32 or not copies:
                 continue
             with graph.inserting_before(node):
@@ -64,6 +60,54 @@ _FROM_OUTPUT = (
     aten.tanh_backward.default,
     aten.sigmoid_backward.default,
 )
+
+
+@dataclass(frozen=True, repr=False)
+class MaxPoolInBf16(Pass):
+    """Round to BF16 in front of a max-pool rather than behind it, if its result is rounded anyway.
+
+    Before::
+
+        y = relu(x); p, where = max_pool(y); h = convolution(bf16(p), w)
+
+    After::
+
+        y = relu(x); p, where = max_pool(bf16(y)); h = convolution(p, w)
+
+    so that what the pool reads takes half the memory. The result stays the same, as rounding keeps the
+    order; but elements that are equal once rounded are told apart by their place, as under autocast.
+    Fires once for each pool.
+    """
+
+    changes_numerics: ClassVar[bool] = True
+
+    def __call__(self, graph: fx.Graph) -> int:
+        fired = 0
+        for node in calls(graph, *_MAX_POOLS):
+            (result, *_), source = sorted(node.users, key=lambda user: user.args[1]), node.args[0]  # type: ignore[arg-type, return-value]
+            assert isinstance(source, fx.Node)
+            if dtype(source) != torch.float32 or not all(map(_is_rounding, result.users)):
+                continue
+            with graph.inserting_before(node):
+                node.update_arg(0, cast(node, source, torch.bfloat16))
+                fill_value(node)
+            for item in node.users:
+                fill_value(item)
+            for rounded in list(result.users):
+                rounded.replace_all_uses_with(result)
+                graph.erase_node(rounded)
+            fired += 1
+        return fired
+
+
+_MAX_POOLS = (
+    aten.max_pool2d_with_indices.default,
+    torch.ops.prims._low_memory_max_pool_with_offsets.default,
+)
+
+
+def _is_rounding(node: fx.Node) -> bool:
+    return is_cast(node) and dtype(node) == torch.bfloat16
 
 
 def _relu_backward(gradient: Tensor, output: Tensor, threshold: float) -> Tensor:

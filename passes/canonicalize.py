@@ -19,18 +19,19 @@ from torch import fx
 
 from passes.base import Pass
 from passes.graph import (
+    VIEWS,
     aten,
     calls,
     convert,
     dtype,
     emit,
     is_call,
+    is_view,
     replace_inner_uses,
     same_shape,
     value,
 )
 
-_VIEWS = (aten.view.default, aten.reshape.default, aten._unsafe_view.default)
 _NAMES_OF_SAME_TENSOR = (aten.alias.default, aten.detach.default)
 
 
@@ -42,7 +43,7 @@ class Canonicalize(Pass):
         rewrites: tuple[tuple[tuple[object, ...], Callable[[fx.Node], fx.Node | None]], ...] = (
             (_NAMES_OF_SAME_TENSOR, _source_of_alias),
             ((aten.permute.default,), _merged_permute),
-            (_VIEWS, _merged_view),
+            (VIEWS, _merged_view),
             ((aten.expand.default,), _source_if_same_shape),
             ((convert,), _source_if_same_dtype),
         )
@@ -85,7 +86,7 @@ def _merged_view(node: fx.Node) -> fx.Node | None:
     assert isinstance(source, fx.Node)
     if same_shape(source, node):
         return source
-    if not is_call(source, *_VIEWS):
+    if not is_view(source):
         return None
     origin = source.args[0]
     assert isinstance(origin, fx.Node)

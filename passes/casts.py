@@ -15,6 +15,7 @@ from torch.utils.checkpoint import CheckpointPolicy
 
 from passes.base import Pass
 from passes.graph import (
+    VIEWS,
     aten,
     calls,
     cast,
@@ -29,9 +30,7 @@ from passes.graph import (
 
 # Operators whose result is one of their input's values, untouched, in another place or shape.
 _RESHAPES = (
-    aten.view.default,
-    aten.reshape.default,
-    aten._unsafe_view.default,
+    *VIEWS,
     aten.permute.default,
     aten.squeeze.dim,
     aten.squeeze.dims,

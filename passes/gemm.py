@@ -27,8 +27,9 @@ NO_POST_OP: PostOp = ("none", [], "")
 
 Kernel: TypeAlias = Callable[[Tensor, Tensor], Tensor]
 
-# Below this many multiply-adds a product takes microseconds whatever computes it.
-_WORTH_MEASURING = 2**22
+# A product with fewer multiply-adds a thread takes microseconds whatever computes it. In BF16 the
+# libraries differ less (both are oneDNN), so that a call of our own pays later.
+_SMALL = {torch.float32: 2**21, torch.bfloat16: 2**24}
 _REPEATS = 3
 _TIE = 1.05  # times this close to each other count as equal
 _SECONDS_PER_PRODUCT = 0.25
@@ -62,9 +63,12 @@ def onednn_available() -> bool:
 
 
 @functools.cache
-def kernels() -> dict[str, Kernel]:
-    """The kernels to choose from, by name."""
+def kernels(dtype: torch.dtype) -> dict[str, Kernel]:
+    """The kernels to choose from for products of ``dtype``, by name."""
     if not onednn_available():
+        return {"aten": _aten}
+    # Without AVX512 oneDNN has no fused linear operator in BF16.
+    if dtype == torch.bfloat16 and not torch.ops.mkldnn._is_mkldnn_bf16_supported():
         return {"aten": _aten}
     return {"aten": _aten, "onednn": _onednn, "onednn-packed": _onednn_packed}
 
@@ -79,7 +83,7 @@ def matmul(a: Tensor, b: Tensor) -> Tensor:
     Returns:
         Shape (M, N), same dtype, row-major.
     """
-    return kernels()[fastest(a, b)](a, b)
+    return kernels(a.dtype)[fastest(a, b)](a, b)
 
 
 def fastest(a: Tensor, b: Tensor) -> str:
@@ -87,24 +91,30 @@ def fastest(a: Tensor, b: Tensor) -> str:
 
     oneDNN wins a tie, since it alone can fuse what follows the product.
     """
-    return _choose(a, b) if is_large(a, b) and onednn_available() else "aten"
+    available = kernels(a.dtype)
+    if len(available) == 1 or is_small(a.shape[0] * b.numel(), a.dtype):
+        return "aten"
+    key = shape_key(a, b)
+    if (known := _choices().get(key)) in available:
+        return known
+    runs = {name: functools.partial(kernel, a, b) for name, kernel in available.items()}
+    return choose(key, runs, preferred="onednn")
 
 
-def is_large(a: Tensor, b: Tensor) -> bool:
-    """Whether ``a @ b`` takes long enough for its kernel to matter."""
-    return a.shape[0] * b.numel() >= _WORTH_MEASURING
-
-
-def _choose(a: Tensor, b: Tensor) -> str:
-    runs = {name: functools.partial(kernel, a, b) for name, kernel in kernels().items()}
-    return choose(shape_key(a, b), runs, preferred="onednn")
+def is_small(multiply_adds: int, dtype: torch.dtype) -> bool:
+    """Whether a product is done before the choice of its kernel could matter."""
+    return multiply_adds < _SMALL[dtype] * torch.get_num_threads()
 
 
 def shape_key(a: Tensor, b: Tensor) -> str:
     """What the time of ``a @ b`` depends on: sizes, orders, dtype and threads."""
     (m, k), n = a.shape, b.shape[1]
-    layout = f"{_order(a)}{_order(b)}"
-    return f"{m}x{k}x{n} {layout} {str(a.dtype)[6:]} {torch.get_num_threads()}"
+    return _key(m, k, n, _order(a) + _order(b), a.dtype, torch.get_num_threads())
+
+
+@functools.lru_cache(maxsize=4096)  # to write it anew would cost as much as a small product
+def _key(m: int, k: int, n: int, orders: str, dtype: torch.dtype, threads: int) -> str:
+    return f"{m}x{k}x{n} {orders} {str(dtype)[6:]} {threads}"
 
 
 def _order(matrix: Tensor) -> str:

@@ -14,6 +14,9 @@ from torch.utils._pytree import tree_map_only
 aten = torch.ops.aten
 convert = torch.ops.prims.convert_element_type.default
 
+# Operators that give the same elements in the same order another shape.
+VIEWS = (aten.view.default, aten.reshape.default, aten._unsafe_view.default)
+
 # What a new node takes over from the node it stands for, so that it can be traced to the user's code.
 _INHERITED_META = (
     "stack_trace",
@@ -53,6 +56,11 @@ def is_call(node: Any, *targets: Any) -> bool:
 def is_cast(node: Any) -> bool:
     """Whether ``node`` only converts a tensor to another dtype."""
     return is_call(node, convert)
+
+
+def is_view(node: Any) -> bool:
+    """Whether ``node`` only gives a tensor another shape, its elements in the same order."""
+    return is_call(node, *VIEWS)
 
 
 def emit(origin: fx.Node, target: Callable[..., Any], *args: Any, **kwargs: Any) -> fx.Node:
@@ -135,6 +143,16 @@ def same_size(a: int | torch.SymInt, b: int | torch.SymInt) -> bool:
     if isinstance(a, int) and isinstance(b, int):
         return a == b
     return str(a) == str(b)
+
+
+def likely_size(size: int | torch.SymInt) -> int:
+    """A size as a number: of a symbolic one the number it was captured with, without a guard.
+
+    A size that depends on data has none; it counts as large.
+    """
+    if isinstance(size, int):
+        return size
+    return int(size.node.hint) if size.node.has_hint() else 2**31
 
 
 def sort(graph: fx.Graph) -> None:

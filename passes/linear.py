@@ -19,14 +19,13 @@ from passes.graph import (
     emit,
     is_call,
     is_cast,
+    is_view,
     same_shape,
     same_size,
     sizes,
     sort,
     value,
 )
-
-_VIEWS = (aten.view.default, aten.reshape.default, aten._unsafe_view.default)
 
 
 @dataclass(frozen=True)
@@ -137,10 +136,6 @@ def activation_name(node: fx.Node | None) -> str | None:
     return None
 
 
-def _is_view(node: fx.Node) -> bool:
-    return is_call(node, *_VIEWS)
-
-
 def _is_upcast(node: fx.Node) -> bool:
     return is_cast(node) and dtype(node) == torch.float32
 
@@ -148,7 +143,7 @@ def _is_upcast(node: fx.Node) -> bool:
 def _through_view_and_upcast(user: fx.Node) -> fx.Node | None:
     """The single consumer of ``user``'s value behind a view and a cast to FP32."""
     node = user
-    for skip in (_is_view, _is_upcast):
+    for skip in (is_view, _is_upcast):
         if skip(node):
             if len(node.users) != 1:
                 return None
@@ -194,7 +189,7 @@ def _fuse_residual(node: fx.Node, product: Product) -> bool:
         return False
     (user,) = node.users
     behind = user
-    if is_call(user, *_VIEWS) and len(user.users) == 1:
+    if is_view(user) and len(user.users) == 1:
         (behind,) = user.users
     if not is_call(behind, aten.add.Tensor) or behind.kwargs:
         return False

@@ -20,6 +20,7 @@ from passes.graph import (
     emit,
     is_call,
     is_cast,
+    is_view,
     same_shape,
     same_size,
     sizes,
@@ -27,7 +28,6 @@ from passes.graph import (
     value,
 )
 
-_VIEWS = (aten.view.default, aten.reshape.default, aten._unsafe_view.default)
 _FLOATS = (torch.float32, torch.bfloat16)
 
 
@@ -156,7 +156,7 @@ def _keeps_values(node: fx.Node) -> bool:
     """Whether ``node`` only reshapes, or rounds between FP32 and BF16."""
     if is_cast(node):
         return dtype(node) in _FLOATS and dtype(node.args[0]) in _FLOATS
-    return is_call(node, *_VIEWS)
+    return is_view(node)
 
 
 def _is_acyclic(layer: _Layer) -> bool:

@@ -19,7 +19,7 @@ from passes.gemm import (
     PostOp,
     choose,
     fastest,
-    is_large,
+    is_small,
     matmul,
     packed_for,
     shape_key,
@@ -140,6 +140,11 @@ def _linear_saving_input(
 
 def _linear_add(x: Tensor, weight: Tensor, bias: Tensor | None, residual: Tensor) -> Tensor:
     """``x @ weight.T + bias + residual``; residual has the result's shape (M, N) and dtype."""
+    kernel = fastest(x, weight.t())
+    if kernel == "aten":
+        return _unfused_linear(x, weight, bias, "none").add_(residual)
+    if kernel == "onednn-packed":
+        weight = packed_for(x, weight)
     result: Tensor = torch.ops.mkldnn._linear_pointwise.binary(x, residual, weight, bias, "add")
     return result
 
@@ -186,7 +191,7 @@ def _weight_gradient(gradient: Tensor, x: Tensor, dtype: torch.dtype) -> Tensor:
     def wide() -> Tensor:
         return native.weight_gradient(gradient, x)
 
-    if not is_large(transposed, x) or not native.weight_gradient_available():
+    if is_small(gradient.numel() * x.shape[1], x.dtype) or not native.weight_gradient_available():
         return narrow()
     key = f"fp32 {shape_key(transposed, x)}"
     return wide() if choose(key, {"narrow": narrow, "wide": wide}, "wide") == "wide" else narrow()

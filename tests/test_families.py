@@ -66,6 +66,8 @@ def test_fp32_equals_eager(family: Family) -> None:
 
 @pytest.mark.slow
 def test_bf16_is_as_exact_as_autocast(family: Family) -> None:
+    if family.name == "lstm" and not torch.ops.mkldnn._is_mkldnn_bf16_supported():
+        pytest.skip("autocast itself fails on this processor")
     model = optcpu.optimize(built(family), precision="bf16")
     given = [inputs(family, seed) for seed in range(SEEDS)]
     exact = [step(built(family), i) for i in given]

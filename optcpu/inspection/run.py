@@ -25,7 +25,7 @@ from optcpu.inspection.breaks import BreakLog
 from optcpu.inspection.model import GraphBreak
 from optcpu.optimize import Settings, _own_frame
 from optcpu.record import Fallback, Record
-from optcpu.recurrent import has_recurrent_layers, under_autocast
+from optcpu.recurrent import needs_autocast, under_autocast
 
 _SHAPE_ERRORS = "torch._subclasses.fake_tensor"
 
@@ -99,7 +99,7 @@ def _run(
     compiled: Callable[..., Any] = torch.compile(
         frame, backend=backend, dynamic=settings.dynamic, **_isolated()
     )
-    if settings.precision == "bf16" and has_recurrent_layers(call.model):
+    if needs_autocast(call.model, settings.precision):
         compiled = under_autocast(compiled)
         observation.notes.append(
             "The model has recurrent layers, which PyTorch does not capture: all that is not in a "

@@ -139,7 +139,10 @@ class TestWhatItHolds:
     def test_there_was_nothing_to_complain_about(self, inspection: Inspection) -> None:
         assert inspection.breaks == ()
         assert inspection.fallbacks == ()
-        assert inspection.notes == ()
+
+    def test_it_says_that_small_products_are_written_out(self, inspection: Inspection) -> None:
+        (note,) = inspection.notes
+        assert note.startswith(f"{sum(f.times for f in inspection.fused())} of the fused")
 
 
 class TestReading:
@@ -278,7 +281,7 @@ class TestSettings:
         def counts(graph: fx.Graph) -> int:
             return 3
 
-        inspection = inspect(Net(), the_input(), passes=[fails, counts])
+        inspection = inspect(Net(), the_input(), precision="bf16", passes=[fails, counts])
         failed, counted = inspection.totals()
         assert failed.errors == ("RuntimeError: not today",)
         assert (failed.total, counted.total) == (0, 3)

@@ -22,9 +22,14 @@ class Classifier(nn.Module):
         return {"logits": self.head(self.layer(x)[0][:, -1])}
 
 
+bf16_lstm = pytest.mark.skipif(
+    not torch.ops.mkldnn._is_mkldnn_bf16_supported(),
+    reason="autocast itself fails on this processor",
+)
 RECURRENT = [nn.LSTM, nn.GRU, nn.RNN]
 
 
+@bf16_lstm
 @pytest.mark.parametrize("layer", RECURRENT)
 def test_bf16_computes_what_autocast_computes(layer: type[nn.RNNBase]) -> None:
     model = Classifier(layer)
@@ -51,3 +56,15 @@ def test_fp32_computes_what_eager_computes(layer: type[nn.RNNBase]) -> None:
 def test_recurrent_layers_are_found_at_any_depth() -> None:
     assert has_recurrent_layers(nn.Sequential(nn.Sequential(nn.LSTM(2, 2))))
     assert not has_recurrent_layers(nn.Sequential(nn.Linear(2, 2), nn.LSTMCell(2, 2)))
+
+
+@pytest.mark.parametrize("layer", RECURRENT)
+def test_bf16_runs_on_every_processor(
+    layer: type[nn.RNNBase], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(torch.ops.mkldnn, "_is_mkldnn_bf16_supported", lambda: False)
+    model = Classifier(layer)
+    reference, x = copy.deepcopy(model), torch.randn(4, 6, 8)
+    logits = optcpu.optimize(model, precision="bf16")(x)["logits"]
+    logits.sum().backward()
+    torch.testing.assert_close(logits, reference(x)["logits"], rtol=2e-2, atol=2e-2)

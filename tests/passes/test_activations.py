@@ -16,10 +16,11 @@ from passes import (
     CancelCasts,
     Canonicalize,
     InsertCasts,
+    MaxPoolInBf16,
     SaveOutputsInBf16,
     SinkUpcasts,
-    expand_activations,
 )
+from passes.activations import expand_activations
 from passes.graph import aten
 
 FORWARD: dict[str, Callable[[Tensor], Tensor]] = {
@@ -162,3 +163,56 @@ def test_copies_behind_the_backward_are_not_read() -> None:
 
     module = traced(function, torch.randn(3), torch.randn(3))
     assert rewritten(SaveOutputsInBf16(), module) == 0
+
+
+def pooled(head: nn.Module, pool: nn.Module | None = None) -> nn.Module:
+    norm = nn.BatchNorm2d(3)
+    return nn.Sequential(nn.Conv2d(2, 3, 3), norm, nn.ReLU(), pool or nn.MaxPool2d(2), head)
+
+
+POOLS = [
+    Canonicalize(),
+    InsertCasts(),
+    MaxPoolInBf16(),
+    SaveOutputsInBf16(),
+    SinkUpcasts(),
+    CancelCasts(),
+]
+IMAGES = (4, 2, 10, 10)
+
+
+def test_max_pool_reads_bf16() -> None:
+    model = pooled(nn.Conv2d(3, 4, 3))
+    result = run(model, torch.randn(IMAGES, requires_grad=True), passes=POOLS)
+    assert result.fired("max-pool-in-bf16") == 1
+    assert result.fired("save-outputs-in-bf16") == 1
+    (joint,) = (g.final for g in result.record.graphs if g.kind == "joint")
+    assert joint is not None
+    (relu,) = joint.find_nodes(op="call_function", target=aten.relu.default)
+    assert [user.meta["val"].dtype for user in relu.users] == [BF16]
+    names = [name for name in operators(joint) if "pool" in name or name in ("aten.relu", "cast")]
+    start = names.index("aten.relu")
+    assert names[start : start + 3] == [
+        "aten.relu",
+        "cast",
+        "prims._low_memory_max_pool_with_offsets",
+    ]
+
+
+@pytest.mark.parametrize(
+    "model",
+    [
+        pooled(nn.Flatten()),  # the pool's result is wanted in FP32
+        pooled(nn.Conv2d(3, 4, 3), nn.AvgPool2d(2)),  # an average is rounded
+    ],
+)
+def test_pool_is_left_in_fp32(model: nn.Module) -> None:
+    result = run(model, torch.randn(IMAGES), passes=POOLS)
+    assert result.fired("max-pool-in-bf16") == 0
+
+
+def test_pool_in_bf16_is_as_exact_as_autocast() -> None:
+    model = pooled(nn.Conv2d(3, 4, 3))
+    batches = [(torch.randn(IMAGES, requires_grad=True),) for _ in range(4)]
+    result = assert_bf16_parity(model, batches, default_passes("bf16"))
+    assert result.fired("max-pool-in-bf16") == 1

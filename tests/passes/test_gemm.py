@@ -42,7 +42,7 @@ def test_every_kernel_computes_the_product(
     a, b = oriented(m, k, dtype, transposed[0]), oriented(k, n, dtype, transposed[1])
     expected = a.double() @ b.double()
     tolerance = (2e-2 if dtype == torch.bfloat16 else 1e-5) * k**0.5
-    for kernel in gemm.kernels().values():
+    for kernel in gemm.kernels(dtype).values():
         result = kernel(a, b)
         assert result.dtype == dtype
         torch.testing.assert_close(result.double(), expected, rtol=1e-2, atol=tolerance)
@@ -55,11 +55,13 @@ def test_small_products_are_not_measured(own_cache: Path) -> None:
 
 def test_a_choice_is_measured_once_and_read_by_later_processes(own_cache: Path) -> None:
     a, b = torch.randn(256, 256), torch.randn(256, 256)
-    assert gemm.fastest(a, b) in gemm.kernels()
+    assert gemm.fastest(a, b) in gemm.kernels(torch.float32)
     stored = json.loads(gemm.cache_file().read_text())
     assert list(stored) == ["256x256x256 nn float32 2"]
 
-    other = next(name for name in gemm.kernels() if name != stored["256x256x256 nn float32 2"])
+    other = next(
+        name for name in gemm.kernels(torch.float32) if name != stored["256x256x256 nn float32 2"]
+    )
     gemm.cache_file().write_text(json.dumps({"256x256x256 nn float32 2": other}))
     gemm._choices.cache_clear()  # as a new process begins
     assert gemm.fastest(a, b) == other
@@ -72,7 +74,7 @@ def test_a_damaged_file_is_measured_anew(own_cache: Path, content: str) -> None:
     gemm.cache_file().parent.mkdir(parents=True)
     gemm.cache_file().write_text(content)
     a, b = torch.randn(256, 256), torch.randn(256, 256)
-    assert gemm.fastest(a, b) in gemm.kernels()
+    assert gemm.fastest(a, b) in gemm.kernels(torch.float32)
 
 
 def test_a_cache_that_cannot_be_written_does_no_harm(

@@ -1,0 +1,101 @@
+"""Convolutions: keep clear of a kernel that computes a wrong weight gradient."""
+
+from __future__ import annotations
+
+import operator
+from dataclasses import dataclass
+
+from torch import fx
+
+from passes.base import Pass
+from passes.graph import aten, calls, emit, value
+
+_FEWEST_CHANNELS = (
+    8  # oneDNN's vector of eight FP32 numbers, which its kernel reads past the channels
+)
+
+
+@dataclass(frozen=True, repr=False)
+class SubsampleForWeightGradient(Pass):
+    """Take the weight gradient of a strided 1x1 convolution with few channels from a subsampled input.
+
+    Before::
+
+        dx, dw, db = convolution_backward(g, x, w, stride=[2, 2], mask=[True, True, True])
+
+    After::
+
+        dx, _, _ = convolution_backward(g, x, w, stride=[2, 2], mask=[True, False, False])
+        _, dw, db = convolution_backward(g, x[:, :, ::2, ::2], w, stride=[1, 1], mask=[False, True, True])
+
+    The same numbers by definition. oneDNN's AVX2 kernel for the former reads past the channels where
+    the input is laid out channels-last, as generated code lays it out, and has fewer than eight of
+    them: its gradient is off by a factor (seen with oneDNN 3.10 on AMD Zen 3). Fires once for each
+    convolution.
+    """
+
+    def __call__(self, graph: fx.Graph) -> int:
+        fired = 0
+        for node in calls(graph, aten.convolution_backward.default):
+            if _is_affected(node):
+                _split(node)
+                fired += 1
+        graph.eliminate_dead_code()
+        return fired
+
+
+def _is_affected(node: fx.Node) -> bool:
+    _, x, weight, _, stride, padding, _, transposed, _, groups, mask = node.args
+    channels = value(x).shape[1]
+    return bool(
+        mask[1]  # type: ignore[index]
+        and not transposed
+        and groups == 1
+        and all(size == 1 for size in value(weight).shape[2:])
+        and any(step != 1 for step in stride)  # type: ignore[union-attr]
+        and all(pad == 0 for pad in padding)  # type: ignore[union-attr]
+        and isinstance(channels, int)
+        and channels < _FEWEST_CHANNELS
+    )
+
+
+def _split(node: fx.Node) -> None:
+    gradient, x, weight, bias_sizes, stride, *rest, mask = node.args
+    assert isinstance(x, fx.Node)
+    with node.graph.inserting_before(node):
+        small = x
+        for axis, step in enumerate(stride, start=2):  # type: ignore[arg-type]
+            size = value(small).shape[axis]
+            small = emit(node, aten.slice.Tensor, small, axis, 0, size, step)
+        ones = [1] * len(stride)  # type: ignore[arg-type]
+        own = [False, True, mask[2]]  # type: ignore[index]
+        others = [mask[0], False, False]  # type: ignore[index]
+        weight_gradient = emit(
+            node,
+            node.target,
+            gradient,
+            small,
+            weight,
+            bias_sizes,
+            ones,
+            *rest,
+            own,  # type: ignore[arg-type]
+        )
+        input_gradient = None
+        if mask[0]:  # type: ignore[index]
+            input_gradient = emit(
+                node,
+                node.target,
+                gradient,
+                x,
+                weight,
+                bias_sizes,
+                stride,
+                *rest,
+                others,  # type: ignore[arg-type]
+            )
+    for item in list(node.users):
+        assert item.target is operator.getitem
+        source = input_gradient if item.args[1] == 0 else weight_gradient
+        if source is not None:
+            item.update_arg(0, source)

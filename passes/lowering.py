@@ -1,0 +1,160 @@
+"""The last step before code generation: small fused products become ATen operators again.
+
+A fused operator is a call that the code generator cannot look into. Where the product takes
+microseconds, the call costs more than a faster kernel gains, and generated code can compute bias,
+activation and residual together with their neighbours. What is small, :func:`passes.gemm.is_small`
+says; where a size is symbolic, the size that was seen first decides.
+
+Before::
+
+    y = optcpu.linear(x, w, bias, "relu")
+    dx, dw, db = optcpu.linear_backward(dy, y, x, w, "relu", True, float32)
+
+After::
+
+    y = relu(addmm(bias, x, permute(w, [1, 0])))
+    g = threshold_backward(dy, y, 0)
+    dx = mm(g, w); dw = mm(permute(g, [1, 0]), x); db = sum(g, [0])
+"""
+
+from __future__ import annotations
+
+import math
+import operator
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import fx
+
+from passes import ops
+from passes.activations import expand_activations
+from passes.gemm import is_small
+from passes.graph import aten, calls, cast, emit, likely_size, value
+
+
+def lower(graph: fx.Graph) -> int:
+    """Write out what generated code computes better than a call: small products, activations.
+
+    Returns:
+        How many fused operators were written out.
+    """
+    fired = expand_small_products(graph)
+    expand_activations(graph)
+    return fired
+
+
+def expand_small_products(graph: fx.Graph) -> int:
+    """Write out the fused operators whose product is small; return how many there were."""
+    fired = 0
+    for node in calls(graph, *_EXPANSIONS):
+        if _is_small(node):
+            with graph.inserting_before(node):
+                _replace(node, _EXPANSIONS[node.target](node, *node.args))
+            fired += 1
+    graph.eliminate_dead_code()
+    return fired
+
+
+def _is_small(node: fx.Node) -> bool:
+    # All multiply the rows of the first matrix with the second, but the backward: that multiplies
+    # its gradient with the input of the forward, which has as many rows.
+    first, second = node.args[0], node.args[2 if node.target is ops.linear_backward else 1]
+    rows, columns = value(first), value(second)
+    sizes = (*rows.shape, columns.shape[1])
+    if node.target in _TIMES_WEIGHT:
+        sizes = (*rows.shape, columns.shape[0])
+    return is_small(math.prod(map(likely_size, sizes)), rows.dtype)
+
+
+def _replace(node: fx.Node, results: fx.Node | list[fx.Node | None]) -> None:
+    if isinstance(results, fx.Node):
+        node.replace_all_uses_with(results)
+    else:
+        for item in list(node.users):
+            assert item.target is operator.getitem
+            result = results[item.args[1]]  # type: ignore[index]
+            if result is not None:
+                item.replace_all_uses_with(result)
+            node.graph.erase_node(item)
+    node.graph.erase_node(node)
+
+
+def _mm(node: fx.Node, a: fx.Node, b: fx.Node) -> fx.Node:
+    return emit(node, aten.mm.default, a, b)
+
+
+def _transposed(node: fx.Node, matrix: fx.Node) -> fx.Node:
+    return emit(node, aten.permute.default, matrix, [1, 0])
+
+
+def _linear(
+    node: fx.Node, x: fx.Node, weight: fx.Node, bias: fx.Node | None, activation: str
+) -> fx.Node:
+    columns = _transposed(node, weight)
+    if bias is None:
+        product = _mm(node, x, columns)
+    else:
+        narrow = cast(node, bias, value(x).dtype)
+        product = emit(node, aten.addmm.default, narrow, x, columns)
+    if activation == "none":
+        return product
+    rule = ops.ACTIVATIONS[activation]
+    return emit(node, rule.forward, product, **dict(rule.arguments))  # type: ignore[arg-type]
+
+
+def _linear_saving_input(
+    node: fx.Node, x: fx.Node, weight: fx.Node, bias: fx.Node | None, activation: str
+) -> list[fx.Node | None]:
+    before = _linear(node, x, weight, bias, "none")
+    rule = ops.ACTIVATIONS[activation]
+    return [emit(node, rule.forward, before, **dict(rule.arguments)), before]  # type: ignore[arg-type]
+
+
+def _linear_add(
+    node: fx.Node, x: fx.Node, weight: fx.Node, bias: fx.Node | None, residual: fx.Node
+) -> fx.Node:
+    return emit(node, aten.add.Tensor, _linear(node, x, weight, bias, "none"), residual)
+
+
+def _linear_backward(
+    node: fx.Node,
+    gradient: fx.Node,
+    saved: fx.Node | None,
+    x: fx.Node,
+    weight: fx.Node | None,
+    activation: str,
+    needs_bias: bool,
+    weight_dtype: torch.dtype,
+) -> list[fx.Node | None]:
+    if saved is not None:
+        rule = ops.ACTIVATIONS[activation]
+        threshold = (0,) if activation == "relu" else ()
+        gradient = emit(
+            node,
+            rule.backward,  # type: ignore[arg-type]
+            gradient,
+            saved,
+            *threshold,
+            **dict(rule.arguments),
+        )
+    x_gradient = None if weight is None else _mm(node, gradient, weight)
+    weight_gradient = _mm(node, _transposed(node, gradient), x)
+    bias_gradient = None
+    if needs_bias:
+        total = emit(node, aten.sum.dim_IntList, cast(node, gradient, torch.float32), [0])
+        bias_gradient = cast(node, total, value(gradient).dtype)
+    return [x_gradient, cast(node, weight_gradient, weight_dtype), bias_gradient]
+
+
+_EXPANSIONS: dict[Any, Callable[..., fx.Node | list[fx.Node | None]]] = {
+    ops.mm: _mm,
+    ops.linear_op: _linear,
+    ops.linear_saving_input: _linear_saving_input,
+    ops.linear_add: _linear_add,
+    ops.linear_backward: _linear_backward,
+}
+
+_TIMES_WEIGHT = (ops.linear_op, ops.linear_saving_input, ops.linear_add)  # of shape (N, K)
+
+__all__ = ["expand_small_products", "lower"]
