@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import operator
 from dataclasses import dataclass
+from typing import Any
 
 from torch import fx
 
@@ -30,7 +31,7 @@ class SubsampleForWeightGradient(Pass):
 
     The same numbers by definition. oneDNN's AVX2 kernel for the former reads past the channels where
     the input is laid out channels-last, as generated code lays it out, and has fewer than eight of
-    them: its gradient is off by a factor (seen with oneDNN 3.10 on AMD Zen 3). Fires once for each
+    them: its gradient is off by a factor (seen with oneDNN 3.12 on AMD Zen 3). Fires once for each
     convolution.
     """
 
@@ -61,39 +62,21 @@ def _is_affected(node: fx.Node) -> bool:
 
 def _split(node: fx.Node) -> None:
     gradient, x, weight, bias_sizes, stride, *rest, mask = node.args
+    wants_input, _, wants_bias = mask  # type: ignore[misc, union-attr, str-unpack]
     assert isinstance(x, fx.Node)
+    assert isinstance(stride, (list, tuple))
+
+    def backward(source: fx.Node, steps: Any, wanted: list[Any]) -> fx.Node:
+        operands = (gradient, source, weight, bias_sizes, steps, *rest, wanted)
+        return emit(node, aten.convolution_backward.default, *operands)
+
     with node.graph.inserting_before(node):
         small = x
-        for axis, step in enumerate(stride, start=2):  # type: ignore[arg-type]
+        for axis, step in enumerate(stride, start=2):
             size = value(small).shape[axis]
             small = emit(node, aten.slice.Tensor, small, axis, 0, size, step)
-        ones = [1] * len(stride)  # type: ignore[arg-type]
-        own = [False, True, mask[2]]  # type: ignore[index]
-        others = [mask[0], False, False]  # type: ignore[index]
-        weight_gradient = emit(
-            node,
-            node.target,
-            gradient,
-            small,
-            weight,
-            bias_sizes,
-            ones,
-            *rest,
-            own,  # type: ignore[arg-type]
-        )
-        input_gradient = None
-        if mask[0]:  # type: ignore[index]
-            input_gradient = emit(
-                node,
-                node.target,
-                gradient,
-                x,
-                weight,
-                bias_sizes,
-                stride,
-                *rest,
-                others,  # type: ignore[arg-type]
-            )
+        weight_gradient = backward(small, [1] * len(stride), [False, True, wants_bias])
+        input_gradient = backward(x, stride, [wants_input, False, False]) if wants_input else None
     for item in list(node.users):
         assert item.target is operator.getitem
         source = input_gradient if item.args[1] == 0 else weight_gradient

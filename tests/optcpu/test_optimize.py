@@ -8,7 +8,7 @@ import warnings
 
 import pytest
 import torch
-from torch import Tensor, nn
+from torch import Tensor, fx, nn
 from torch.nn import functional
 
 import optcpu
@@ -186,3 +186,13 @@ def test_bf16_without_hardware_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
     assert resolve_precision("auto") == "fp32"
     with pytest.warns(UserWarning, match="several times longer"):
         optcpu.optimize(network(), precision="bf16")
+
+
+def test_warnings_point_to_the_users_line() -> None:
+    def fails(graph: fx.Graph) -> int:
+        raise KeyError("not there")
+
+    model = optcpu.optimize(nn.Linear(3, 3), passes=[fails])
+    with pytest.warns(optcpu.FallbackWarning, match="pass fails was undone") as told:
+        model(torch.randn(2, 3))
+    assert [warning.filename for warning in told] == [__file__]

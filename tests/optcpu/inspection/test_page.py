@@ -220,5 +220,5 @@ def test_a_picture_of_the_page_has_something_on_it(page: Page, tmp_path: Path) -
 
 def test_a_folder_that_does_not_exist(tmp_path: Path) -> None:
     inspection = optcpu.inspect(nn.Linear(2, 2), torch.randn(1, 2))
-    with pytest.raises(OptcpuError, match="cannot write .*nothing is lost"):
+    with pytest.raises(OptcpuError, match=r"cannot write .*nothing is lost"):
         inspection.save(tmp_path / "nowhere" / "graphs.html")
