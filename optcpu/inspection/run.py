@@ -7,14 +7,12 @@ import copy
 import dataclasses
 import inspect as signatures
 import logging
-import random
 import secrets
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_map
@@ -24,6 +22,7 @@ from optcpu.errors import FallbackWarning
 from optcpu.inspection.breaks import BreakLog
 from optcpu.inspection.model import GraphBreak
 from optcpu.optimize import Settings, _own_frame
+from optcpu.random_state import random_state_kept
 from optcpu.record import Fallback, Record
 from optcpu.recurrent import needs_autocast, under_autocast
 
@@ -66,7 +65,7 @@ def observe(
     Raises:
         ValueError: the model cannot take the inputs, or ``loss`` does not give one number.
     """
-    with _same_random_state(), contextlib.ExitStack() as stack:
+    with random_state_kept(), contextlib.ExitStack() as stack:
         twin, notes = _twin_of(model, stack)
         if train is not None:
             twin.train(train)
@@ -236,17 +235,6 @@ def _restored(model: nn.Module) -> Iterator[None]:
             parameter.grad = gradient
         for module, training in modes:
             module.training = training
-
-
-@contextlib.contextmanager
-def _same_random_state() -> Iterator[None]:
-    python, numpy = random.getstate(), np.random.get_state()
-    try:
-        with torch.random.fork_rng(devices=[]):
-            yield
-    finally:
-        random.setstate(python)
-        np.random.set_state(numpy)
 
 
 @contextlib.contextmanager

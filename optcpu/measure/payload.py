@@ -6,17 +6,14 @@ never runs the caller's script.
 
 from __future__ import annotations
 
-import random
 import sys
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import FunctionType
 from typing import Any
 
 import cloudpickle
-import numpy as np
 import torch
 from torch import Tensor, nn
 
@@ -33,6 +30,7 @@ from optcpu.measure.batches import (
     to_fp32,
 )
 from optcpu.measure.variants import OptimizerFactory, default_optimizer
+from optcpu.random_state import random_state_kept
 
 PAYLOAD_FILE = "payload.pt"
 
@@ -200,7 +198,7 @@ def try_out(payload: Payload, seed: int) -> Trial:
     """
     model = payload.model
     model.train()
-    with _caller_random_state():
+    with random_state_kept():
         torch.manual_seed(seed)
         first_output = _check_step(payload)
         seen = {signature(payload.batches[0])}
@@ -294,15 +292,3 @@ def _same(one: Any, other: Any) -> bool:
         torch.allclose(a, b, rtol=1e-4, atol=1e-6, equal_nan=True)
         for a, b in zip(to_fp32(one), to_fp32(other), strict=True)
     )
-
-
-@contextmanager
-def _caller_random_state() -> Iterator[None]:
-    """Leave every random generator as it was found."""
-    python, numpy = random.getstate(), np.random.get_state()
-    try:
-        with torch.random.fork_rng(devices=[]):
-            yield
-    finally:
-        random.setstate(python)
-        np.random.set_state(numpy)
