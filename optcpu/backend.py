@@ -16,6 +16,7 @@ from typing import Any
 from torch import fx
 from torch._functorch import config as functorch_config
 from torch._functorch._aot_autograd.utils import make_boxed_func
+from torch._inductor import config as inductor_config
 from torch._inductor.compile_fx import compile_fx, compile_fx_inner
 from torch._inductor.custom_graph_pass import CustomGraphPass
 from torch._inductor.decomposition import select_decomp_table
@@ -61,13 +62,18 @@ class Backend:
         eager = fx.GraphModule(module, copy.deepcopy(module.graph))
         # Served from its cache, a graph would pass by the passes and leave nothing to look at.
         cached = self.codegen and not self.record.keep_graphs
+        patches: dict[str, Any] = {"joint_custom_pre_pass": _JointPasses(self, region)}
+        if not cached:
+            patches["fx_graph_cache"] = False
+        if inductor_config.post_grad_custom_post_pass is None:
+            patches["post_grad_custom_post_pass"] = _CacheKey(self.pipeline.cache_key())
         try:
             with functorch_config.patch(enable_autograd_cache=cached):
                 compiled: Any = compile_fx(
                     module,
                     example_inputs,
                     inner_compile=_GraphCompiler(self, region),
-                    config_patches={"joint_custom_pre_pass": _JointPasses(self, region)},
+                    config_patches=patches,
                     decompositions=_decompositions(),
                 )
         except Exception as error:
@@ -135,6 +141,22 @@ class _JointPasses(CustomGraphPass):  # type: ignore[misc]
 
     def uuid(self) -> str:
         return self._backend.pipeline.cache_key()
+
+
+class _CacheKey(CustomGraphPass):  # type: ignore[misc]
+    """Does nothing but bring a key into that of AOTAutograd's cache.
+
+    PyTorch 2.8 leaves the passes on the joint graph out of it.
+    """
+
+    def __init__(self, key: str) -> None:
+        self._key = key
+
+    def __call__(self, graph: fx.Graph) -> None:
+        """Leave the graph as it is."""
+
+    def uuid(self) -> str:
+        return self._key
 
 
 class _GraphCompiler:

@@ -89,10 +89,14 @@ class MaxPoolInBf16(Pass):
             if dtype(source) != torch.float32 or not all(map(_is_rounding, result.users)):
                 continue
             with graph.inserting_before(node):
-                node.update_arg(0, cast(node, source, torch.bfloat16))
-                fill_value(node)
-            for item in node.users:
-                fill_value(item)
+                narrow = cast(node, source, torch.bfloat16)
+            node.update_arg(0, narrow)
+            for changed in (node, *node.users):
+                fill_value(changed)
+            for backward in list(calls(graph, aten.max_pool2d_with_indices_backward.default)):
+                if backward.args[1] is source:  # of which it wants the shape
+                    with graph.inserting_before(backward):
+                        backward.update_arg(1, cast(backward, narrow, torch.float32))
             for rounded in list(result.users):
                 rounded.replace_all_uses_with(result)
                 graph.erase_node(rounded)

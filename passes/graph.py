@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 from torch import fx
+from torch._dispatch.python import enable_python_dispatcher
 from torch._inductor.pattern_matcher import stable_topological_sort
 from torch.utils._pytree import tree_map_only
 
@@ -85,7 +86,8 @@ def inherit_origin(node: fx.Node, origin: fx.Node) -> None:
 def fill_value(node: fx.Node) -> None:
     """Compute ``node.meta["val"]`` from the values of its arguments."""
     args, kwargs = tree_map_only(fx.Node, value, (node.args, node.kwargs))
-    with _fake_mode(node.graph) or contextlib.nullcontext():
+    # PyTorch 2.8 needs the Python dispatcher where sizes are symbolic.
+    with _fake_mode(node.graph) or contextlib.nullcontext(), enable_python_dispatcher():
         node.meta["val"] = node.target(*args, **kwargs)  # type: ignore[operator]
 
 

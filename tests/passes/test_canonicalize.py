@@ -26,7 +26,7 @@ CASES: dict[str, tuple[Callable[[Tensor], Tensor], list[str], int]] = {
         1,
     ),
     "permutation that keeps the order": (lambda x: torch.relu(x.permute(0, -1)), ["aten.relu"], 1),
-    "detach": (lambda x: torch.relu(x.detach()), ["aten.relu"], 1),
+    "alias": (lambda x: torch.relu(torch.ops.aten.alias(x)), ["aten.relu"], 1),
     "expand to the same shape": (lambda x: torch.relu(x.expand(2, 12)), ["aten.relu"], 1),
     "cast to the same dtype": (
         lambda x: torch.relu(torch.ops.prims.convert_element_type(x, torch.float32)),
@@ -118,7 +118,11 @@ def test_mutation_and_aliases_survive() -> None:
 def test_golden_sequence() -> None:
     model = nn.Sequential(nn.Linear(6, 5), nn.ReLU(), nn.Linear(5, 3))
     result = assert_parity(model, torch.randn(4, 6), passes=[Canonicalize()])
-    assert result.fired("canonicalize") == 3
+    (joint,) = (g.initial for g in result.record.graphs if g.kind == "joint")
+    assert joint is not None
+    aliases = operators(joint).count("aten.detach") + operators(joint).count("aten.alias")
+    assert aliases >= 1  # how many depends on the version of PyTorch
+    assert result.fired("canonicalize") == 1 + aliases
     assert result.operators("joint") == [
         *["aten.permute", "aten.addmm", "aten.relu", "aten.permute", "aten.addmm"],
         *["aten.mm", "aten.permute", "aten.mm", "aten.permute", "aten.sum.dim_IntList"],
