@@ -38,6 +38,9 @@ class Backend:
         record: where what happens is written down.
         codegen: whether Inductor generates code for the rewritten graphs; without it they are run one
             operator at a time, which needs no C++ compiler and starts faster.
+
+    Attributes:
+        parts_run: how often a captured part has run.
     """
 
     def __init__(
@@ -52,6 +55,7 @@ class Backend:
         self.fallback = fallback
         self.codegen = codegen
         self.record = record if record is not None else Record()
+        self.parts_run = 0
 
     def __call__(self, module: fx.GraphModule, example_inputs: Sequence[Any]) -> Callable[..., Any]:
         """Compile one captured graph; the calling convention of Dynamo's backends."""
@@ -68,7 +72,8 @@ class Backend:
         if inductor_config.post_grad_custom_post_pass is None:
             patches["post_grad_custom_post_pass"] = _CacheKey(self.pipeline.cache_key())
         try:
-            with functorch_config.patch(enable_autograd_cache=cached):
+            # A buffer that the backward may overwrite would forbid backward(retain_graph=True).
+            with functorch_config.patch(enable_autograd_cache=cached, donated_buffer=False):
                 compiled: Any = compile_fx(
                     module,
                     example_inputs,
@@ -78,8 +83,13 @@ class Backend:
                 )
         except Exception as error:
             self.fell_back(f"captured graph {region}", error)
-            return eager.forward  # type: ignore[no-any-return]
-        return compiled  # type: ignore[no-any-return]
+            compiled = eager.forward
+
+        def run(*inputs: Any) -> Any:
+            self.parts_run += 1
+            return compiled(*inputs)
+
+        return run
 
     def run_passes(self, module: fx.GraphModule, stage: passes.Stage, graph_run: GraphRun) -> None:
         """Run the passes of one stage over ``module`` and enter them into the record."""
@@ -256,6 +266,11 @@ def remedy_for(error: BaseException) -> str:
         return "install a C++ compiler (for example the package g++) or name one in CXX"
     if isinstance(error, PermissionError) or "Read-only file system" in text:
         return "set TORCHINDUCTOR_CACHE_DIR to a directory that can be written"
+    if "DynamicOutputShape" in text:
+        return (
+            "an operator's result has a size that depends on the data, as gradients of "
+            "nn.Embedding(sparse=True) have; sparse=False avoids it"
+        )
     if "No space left" in text:
         return "free disk space, or set TORCHINDUCTOR_CACHE_DIR to another disk"
     if "CppCompileError" in text or "C++ compile error" in text:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from typing import Any, TypeVar, overload
 
 import torch
@@ -34,6 +34,18 @@ class Settings:
     pipeline: Pipeline
     fallback: bool
     dynamic: bool | None
+
+    def difference(self, present: Settings) -> str:
+        """What differs, in words: ``"precision is 'bf16', not 'fp32'"``."""
+        if self.precision != present.precision:
+            return f"precision is {present.precision!r}, not {self.precision!r}"
+        names = [f.name for f in fields(self) if getattr(self, f.name) != getattr(present, f.name)]
+        return ", ".join(
+            "other passes"
+            if name == "pipeline"
+            else f"{name} is {getattr(present, name)}, not {getattr(self, name)}"
+            for name in names
+        )
 
 
 @overload
@@ -108,8 +120,9 @@ def optimize(
     present = compiled_call(model)
     if present is not None and present.settings != settings:
         raise OptcpuError(
-            f"this {_typename(model)} is optimized already, with {present.settings}; "
-            "call optcpu.restore(model) before optimizing it with other settings"
+            f"this {_typename(model)} is optimized already, with other settings "
+            f"({settings.difference(present.settings)}): "
+            "call optcpu.restore(model) before optimizing it anew"
         )
     if present is None:
         if resolved == "bf16" and not capabilities().bf16:
@@ -126,7 +139,7 @@ def optimize(
 
 
 def restore(model: Model) -> Model:
-    """Undo :func:`optimize`: calls of ``model`` run eagerly again. Returns ``model``.
+    """Undo :func:`optimize`: ``model`` is called as it was before. Returns ``model``.
 
     The allocator's policy stays, as it belongs to the process. A model that is not optimized is
     returned as it is.
@@ -136,8 +149,9 @@ def restore(model: Model) -> Model:
     """
     if not isinstance(model, nn.Module):
         raise TypeError(f"model must be a torch.nn.Module, not {_typename(model)}")
-    if compiled_call(model) is not None:
-        model._compiled_call_impl = None
+    present = compiled_call(model)
+    if present is not None:
+        model._compiled_call_impl = present.replaced
     return model
 
 
@@ -158,6 +172,7 @@ class CompiledCall:
 
     def __init__(self, model: nn.Module, settings: Settings, record: Record | None = None) -> None:
         self.settings = settings
+        self.replaced = model._compiled_call_impl
         self.backend = Backend(settings.pipeline, fallback=settings.fallback, record=record)
         self._eager: Callable[..., Any] = model._call_impl
         self._compiled: Callable[..., Any] = torch.compile(
@@ -175,9 +190,12 @@ class CompiledCall:
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         if self._given_up:
             return self._eager(*args, **kwargs)
+        run_before = self.backend.parts_run
         try:
             return self._compiled(*args, **kwargs)
         except TorchDynamoException as error:
+            if self.backend.parts_run != run_before:
+                raise  # what has run (batch statistics, say) must not run a second time
             failure = error
         # Input that the model cannot take fails here as well, with PyTorch's own message.
         result = self._eager(*args, **kwargs)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
@@ -12,7 +12,7 @@ import passes as p
 from optcpu.cpu import capabilities
 from optcpu.record import GraphRun, PassRun, copy_graph
 from passes.base import Rewrite
-from passes.graph import output_values
+from passes.graph import fill_value, output_values
 
 Precision = Literal["bf16", "fp32"]
 
@@ -39,7 +39,7 @@ def default_passes(precision: Precision = "bf16") -> list[p.Pass]:
         *(in_bf16 if precision == "bf16" else []),
         # On each of the two by itself:
         p.UnfoldAttentionBackward(),
-        p.FuseLinearBackward(),
+        p.FuseLinearBackward(rounded_bias=precision == "bf16"),
         p.FuseLinear(),
         p.RouteProducts(),
     ]
@@ -60,9 +60,9 @@ def resolve_precision(precision: str) -> Precision:
     raise ValueError(f"precision must be 'auto', 'bf16' or 'fp32', not {precision!r}")
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Pipeline:
-    """An ordered list of passes.
+    """An ordered list of passes. Two are equal if they rewrite graphs in the same way.
 
     Args:
         passes: run in this order; those of the other stage are passed over.
@@ -75,9 +75,17 @@ class Pipeline:
         """A pipeline of passes and plain functions ``(graph) -> count``.
 
         Raises:
-            TypeError: an entry is neither.
+            TypeError: an entry is neither, or ``passes`` is no sequence.
         """
+        if isinstance(passes, (str, p.Pass)) or not isinstance(passes, Iterable):
+            raise TypeError(f"passes must be a list of passes, not {passes!r}")
         return cls(tuple(p.as_pass(entry) for entry in passes))
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, Pipeline) and self.cache_key() == other.cache_key()
+
+    def __hash__(self) -> int:
+        return hash(self.cache_key())
 
     def cache_key(self) -> str:
         """A hash that changes with the passes, their order, their parameters and their code."""
@@ -113,8 +121,9 @@ def _run_pass(
     outputs = output_values(module.graph)
     run = PassRun(step.name, 0, step.changes_numerics)
     try:
-        run.fired = int(step(module.graph))
+        run.fired = _checked_count(step(module.graph))
         module.graph.lint()
+        _fill_missing_values(module.graph)
         if output_values(module.graph) != outputs:
             raise ValueError("the pass changed the shape or dtype of an output")
     except Exception as error:
@@ -124,3 +133,16 @@ def _run_pass(
     if keep_graphs:
         run.before, run.after = before, copy_graph(module.graph)
     return run
+
+
+def _checked_count(fired: object) -> int:
+    if not isinstance(fired, int) or isinstance(fired, bool) or fired < 0:
+        raise TypeError(f"a pass returns how many places it rewrote, not {fired!r}")
+    return fired
+
+
+def _fill_missing_values(graph: fx.Graph) -> None:
+    """Fill in ``meta["val"]``, on which the code generator relies, where a pass left it out."""
+    for node in graph.nodes:
+        if node.op == "call_function" and "val" not in node.meta:
+            fill_value(node)

@@ -7,12 +7,14 @@ layer use oneDNN's BF16 kernels. What the model returns keeps the dtype it would
 
 from __future__ import annotations
 
+import copy
+import dataclasses
 from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import nn
-from torch.utils._pytree import tree_map_only
+from torch.utils._pytree import tree_flatten, tree_unflatten
 
 
 def has_recurrent_layers(model: nn.Module) -> bool:
@@ -35,10 +37,21 @@ def under_autocast(call: Callable[..., Any]) -> Callable[..., Any]:
     def call_under_autocast(*args: Any, **kwargs: Any) -> Any:
         with torch.autocast("cpu", torch.bfloat16):
             result = call(*args, **kwargs)
-        return tree_map_only(torch.Tensor, _widened, result)
+        return _widened(result)
 
     return call_under_autocast
 
 
-def _widened(result: torch.Tensor) -> torch.Tensor:
-    return result.float() if result.dtype == torch.bfloat16 else result
+def _widened(result: Any) -> Any:
+    """``result`` with FP32 tensors for BF16 ones, also in dataclasses, which pytree passes over."""
+    if isinstance(result, torch.Tensor):
+        return result.float() if result.dtype == torch.bfloat16 else result
+    if dataclasses.is_dataclass(result) and not isinstance(result, (type, dict)):
+        wide = copy.copy(result)
+        for field in dataclasses.fields(result):
+            object.__setattr__(wide, field.name, _widened(getattr(result, field.name)))
+        return wide
+    leaves, structure = tree_flatten(result)
+    if len(leaves) == 1 and leaves[0] is result:
+        return result
+    return tree_unflatten([_widened(leaf) for leaf in leaves], structure)

@@ -184,6 +184,9 @@ def expand_activations(graph: fx.Graph) -> int:
 
 def _expand(node: fx.Node, formula: Callable[..., Tensor]) -> None:
     expected = value(node)
+    table = select_decomp_table()
+    if expected.is_complex():
+        formula = table[node.target]  # ours are those of real numbers
     tensors = [arg for arg in node.args if isinstance(arg, fx.Node)]
     scalars = [arg for arg in node.args if not isinstance(arg, fx.Node)]
 
@@ -192,7 +195,6 @@ def _expand(node: fx.Node, formula: Callable[..., Tensor]) -> None:
         return formula(*wide, *scalars, **node.kwargs).to(expected.dtype)
 
     with expected.fake_mode:
-        table = select_decomp_table()
         body = make_fx(in_fp32, table)(*[value(t) for t in tensors]).graph
     inputs = [n for n in body.nodes if n.op == "placeholder"]
     copies: dict[fx.Node, Any] = dict(zip(inputs, tensors, strict=True))

@@ -25,6 +25,7 @@ from passes.graph import (
     convert,
     dtype,
     emit,
+    escapes,
     is_call,
     is_view,
     replace_inner_uses,
@@ -105,4 +106,6 @@ def _source_if_same_shape(node: fx.Node) -> fx.Node | None:
 
 def _source_if_same_dtype(node: fx.Node) -> fx.Node | None:
     source = node.args[0]
+    if escapes(node):
+        return None  # the caller was promised a copy
     return source if isinstance(source, fx.Node) and dtype(source) == dtype(node) else None

@@ -22,6 +22,7 @@ from passes.graph import (
     convert,
     dtype,
     emit,
+    escapes,
     is_call,
     is_cast,
     replace_inner_uses,
@@ -167,11 +168,11 @@ class CancelCasts(Pass):
         first: dict[tuple[fx.Node, Any], fx.Node] = {}
         for node in calls(graph, convert):
             source = _source(node)
-            if _is_upcast(source) and dtype(node) == torch.bfloat16:
+            if _is_upcast(source) and dtype(node) == torch.bfloat16 and not escapes(node):
                 fired += replace_inner_uses(node, _source(source))
                 continue
             same = first.setdefault((source, node.args[1]), node)
-            if same is not node:
+            if same is not node and not (escapes(node) and escapes(same)):
                 fired += replace_inner_uses(node, same)
         graph.eliminate_dead_code()
         return fired

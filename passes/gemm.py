@@ -107,13 +107,23 @@ def is_small(multiply_adds: int, dtype: torch.dtype) -> bool:
 
 
 def shape_key(a: Tensor, b: Tensor) -> str:
-    """What the time of ``a @ b`` depends on: sizes, orders, dtype and threads."""
+    """What the time of ``a @ b`` depends on: sizes (about), orders, dtype and threads."""
     (m, k), n = a.shape, b.shape[1]
     return _key(m, k, n, _order(a) + _order(b), a.dtype, torch.get_num_threads())
 
 
+def _bucket(size: int) -> int:
+    """Sizes that differ by less than a quarter share what was measured for one of them.
+
+    Otherwise text of varying length would be measured all over again at every length.
+    """
+    step = 1 << max(size.bit_length() - 3, 0)
+    return -(-size // step) * step
+
+
 @functools.lru_cache(maxsize=4096)  # to write it anew would cost as much as a small product
 def _key(m: int, k: int, n: int, orders: str, dtype: torch.dtype, threads: int) -> str:
+    m, k, n = _bucket(m), _bucket(k), _bucket(n)
     return f"{m}x{k}x{n} {orders} {str(dtype)[6:]} {threads}"
 
 
@@ -186,6 +196,10 @@ def _processor() -> str:
 @functools.cache
 def _choices() -> dict[str, str]:
     """What is known so far; filled from the file once, then kept in step with it."""
+    return _stored()
+
+
+def _stored() -> dict[str, str]:
     try:
         known = json.loads(cache_file().read_text(encoding="utf-8"))
     except (OSError, ValueError):
@@ -198,6 +212,7 @@ def _choices() -> dict[str, str]:
 def _save(choices: dict[str, str]) -> None:
     """Write atomically; where the directory cannot be written, later processes measure again."""
     target = cache_file()
+    choices = _stored() | choices  # other processes write there, too
     try:
         target.parent.mkdir(parents=True, exist_ok=True)
         with tempfile.NamedTemporaryFile(

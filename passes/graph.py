@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import operator
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -160,6 +161,23 @@ def likely_size(size: int | torch.SymInt) -> int:
 def sort(graph: fx.Graph) -> None:
     """Bring the nodes into an order in which every node stands behind its arguments."""
     stable_topological_sort(graph)
+
+
+def escapes(node: fx.Node) -> bool:
+    """Whether the caller gets the memory of ``node``: as an output, or through a view of it.
+
+    Two such nodes must not become one, nor one become a name of an input: what the caller writes to
+    one of them in place would appear in the other.
+    """
+    return any(user.op == "output" or (_may_alias(user) and escapes(user)) for user in node.users)
+
+
+def _may_alias(node: fx.Node) -> bool:
+    """Whether the result may be a view of an argument."""
+    if node.target in (operator.getitem, aten._unsafe_view.default):
+        return True
+    schema = getattr(node.target, "_schema", None)
+    return schema is not None and any(result.alias_info for result in schema.returns)
 
 
 def replace_inner_uses(node: fx.Node, replacement: fx.Node) -> bool:

@@ -48,16 +48,26 @@ class FuseLinearBackward(Pass):
     Without an activation, or with one that is left to generated code, ``saved`` is None. The bias
     gradient is summed from the stored ``g``: generated code would compute ``g`` anew, column by column.
     Fires once for each layer.
+
+    Args:
+        rounded_bias: whether the gradient of the bias may be summed from the rounded ``g``, and rounded,
+            where the graph sums the FP32 tensor that ``g`` is a BF16 copy of. So it is under autocast.
     """
 
+    rounded_bias: bool = False
     stage: ClassVar[Stage] = "split"
+
+    @property
+    def changes_numerics(self) -> bool:  # type: ignore[override]
+        """Whether results may change beyond the reordering of exact operations."""
+        return self.rounded_bias
 
     def __call__(self, graph: fx.Graph) -> int:
         if not onednn_available():
             return 0
         fired = 0
         for node in calls(graph, aten.mm.default):
-            layer = _match(node)
+            layer = _match(node, self.rounded_bias)
             if layer is not None:
                 _rewrite(layer)
                 fired += 1
@@ -79,7 +89,7 @@ class _Layer:
     bias_sum: fx.Node | None  # (N,), or with axes of size 1 in front
 
 
-def _match(node: fx.Node) -> _Layer | None:
+def _match(node: fx.Node, rounded_bias: bool) -> _Layer | None:
     """The layer whose weight gradient ``node`` computes, if it is one and has more to fuse."""
     transposed, x = node.args[:2]
     if not _is_transposed(transposed) or not isinstance(x, fx.Node) or not node.users:
@@ -90,7 +100,7 @@ def _match(node: fx.Node) -> _Layer | None:
     gradient = transposed.args[0]
     assert isinstance(gradient, fx.Node)
     input_product = _product_with_weight(gradient, node)
-    bias_sum = _sum_of_rows(gradient)
+    bias_sum = _sum_of_rows(gradient, rounded_bias)
     if input_product is None and bias_sum is None:
         return None
     weight = input_product.args[1] if input_product is not None else None
@@ -115,9 +125,11 @@ def _product_with_weight(gradient: fx.Node, weight_product: fx.Node) -> fx.Node 
     return None
 
 
-def _sum_of_rows(gradient: fx.Node) -> fx.Node | None:
-    """The node that sums ``gradient`` (or the unrounded tensor it is a copy of) over its rows."""
+def _sum_of_rows(gradient: fx.Node, rounded: bool) -> fx.Node | None:
+    """The node that sums ``gradient`` over its rows; if ``rounded``, or the tensor it is a copy of."""
     for tensor in _same_tensor(gradient):
+        if not rounded and dtype(tensor) != dtype(gradient):
+            continue
         for user in tensor.users:
             columns = value(tensor).shape[-1], value(gradient).shape[-1]
             if _sums_rows(user, tensor) and same_size(*columns):
@@ -165,7 +177,7 @@ def _is_acyclic(layer: _Layer) -> bool:
     Where a user's own code multiplies like a backward does, ``x`` may be computed from the product
     that looks like the gradient of ``x``: in ``x.T @ (x @ w)``, say.
     """
-    results = {layer.input_product, layer.bias_sum}
+    results = {layer.weight_product, layer.input_product, layer.bias_sum}
     pending = [layer.x, layer.gradient, *([] if layer.weight is None else [layer.weight])]
     seen: set[fx.Node] = set()
     while pending:

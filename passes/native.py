@@ -52,7 +52,7 @@ def weight_gradient(gradient: Tensor, x: Tensor) -> Tensor:
     tile = library.tile_columns()
     transposed = gradient.new_empty(out * padded)
     panels = x.new_empty(-(-width // tile) * tile * padded)
-    result = torch.empty(out, width)
+    result = torch.empty(out, width, dtype=torch.float32, device="cpu")
     library.weight_gradient(
         *(ctypes.c_void_p(t.data_ptr()) for t in (gradient, x, result)),
         *(ctypes.c_int64(size) for size in (batch, out, width)),

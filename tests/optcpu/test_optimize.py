@@ -196,3 +196,55 @@ def test_warnings_point_to_the_users_line() -> None:
     with pytest.warns(optcpu.FallbackWarning, match="pass fails was undone") as told:
         model(torch.randn(2, 3))
     assert [warning.filename for warning in told] == [__file__]
+
+
+def test_backward_twice() -> None:
+    model = nn.Sequential(nn.Linear(6, 8), nn.ReLU(), nn.Linear(8, 3))
+    reference = copy.deepcopy(model)
+    x = torch.randn(4, 6)
+    for module in (optcpu.optimize(model, precision="fp32"), reference):
+        loss = module(x).square().sum()
+        loss.backward(retain_graph=True)
+        loss.backward()
+    for parameter, expected in zip(model.parameters(), reference.parameters(), strict=True):
+        torch.testing.assert_close(parameter.grad, expected.grad)
+
+
+class Counting(nn.Module):
+    """Counts its calls, and multiplies matrices of which the second may not fit."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.linear = nn.Linear(4, 4)
+        self.register_buffer("calls", torch.zeros(()))
+
+    def forward(self, x: Tensor, y: Tensor) -> Tensor:
+        self.calls += 1
+        x.mul_(2)
+        torch._dynamo.graph_break()
+        return self.linear(x) @ y
+
+
+def test_what_has_run_does_not_run_again_when_the_rest_fails() -> None:
+    model, x = optcpu.optimize(Counting(), precision="fp32"), torch.ones(2, 4)
+    with pytest.raises(Exception, match=r"(?i)shape|size"):
+        model(x, torch.ones(3, 3))
+    assert float(model.calls) == 1
+    assert float(x[0, 0]) == 2
+
+
+def test_restore_gives_the_users_own_compilation_back() -> None:
+    model = nn.Linear(2, 2)
+    model.compile(backend="eager")
+    before = model._compiled_call_impl
+    optcpu.optimize(model, precision="fp32")
+    assert optcpu.restore(model)._compiled_call_impl is before
+
+
+def test_the_setting_that_differs_is_named() -> None:
+    model = optcpu.optimize(nn.Linear(2, 2), precision="fp32")
+    with pytest.raises(optcpu.OptcpuError, match=r"dynamic is None, not True.*restore"):
+        optcpu.optimize(model, precision="fp32", dynamic=True)
+    with pytest.raises(optcpu.OptcpuError, match="other passes"):
+        optcpu.optimize(model, precision="fp32", passes=[])
+    assert optcpu.optimize(model, precision="fp32", passes=optcpu.default_passes("fp32")) is model

@@ -91,3 +91,39 @@ def test_a_failing_pass_raises_where_fallbacks_are_forbidden() -> None:
     backend = Backend(Pipeline.of([raises]), fallback=False, codegen=False)
     with pytest.raises(Exception, match="optcpu: pass raises was undone: KeyError"):
         torch.compile(relu_network(), backend=backend)(torch.randn(3, 8))
+
+
+@pytest.mark.parametrize("returned", [None, "5", -3, True, 1.5])
+def test_a_pass_that_returns_no_count_is_told_so(returned: object) -> None:
+    def careless(graph: fx.Graph) -> object:
+        return returned
+
+    backend = Backend(Pipeline.of([careless]), codegen=False)  # type: ignore[list-item]
+    with pytest.warns(optcpu.FallbackWarning, match="how many places it rewrote"):
+        torch.compile(relu_network(), backend=backend)(torch.randn(3, 8))
+
+
+def test_values_that_a_pass_forgot_are_filled_in() -> None:
+    def forgetful(graph: fx.Graph) -> int:
+        for node in list(calls(graph, aten.relu.default)):
+            with graph.inserting_after(node):
+                again = graph.call_function(node.target, node.args)  # type: ignore[arg-type]
+            node.replace_all_uses_with(again)
+            graph.erase_node(node)
+        return 1
+
+    model, x = relu_network(), torch.randn(3, 8)
+    backend = Backend(Pipeline.of([forgetful]), fallback=False, codegen=False)
+    torch.testing.assert_close(torch.compile(model, backend=backend)(x), model(x))
+
+
+@pytest.mark.parametrize("given", ["abc", Canonicalize(), 3])
+def test_what_is_no_list_of_passes(given: object) -> None:
+    with pytest.raises(TypeError, match="list of passes"):
+        Pipeline.of(given)  # type: ignore[arg-type]
+
+
+def test_pipelines_that_do_the_same_are_equal() -> None:
+    assert Pipeline.of([Canonicalize()]) == Pipeline.of([Canonicalize()])
+    assert hash(Pipeline.of([Canonicalize()])) == hash(Pipeline.of([Canonicalize()]))
+    assert Pipeline.of([Canonicalize()]) != Pipeline.of([CancelCasts()])

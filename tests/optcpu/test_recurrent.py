@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import copy
+import dataclasses
 
 import pytest
 import torch
 from torch import Tensor, nn
 
 import optcpu
-from optcpu.recurrent import has_recurrent_layers
+from optcpu.recurrent import has_recurrent_layers, under_autocast
 
 
 class Classifier(nn.Module):
@@ -68,3 +69,21 @@ def test_bf16_runs_on_every_processor(
     logits = optcpu.optimize(model, precision="bf16")(x)["logits"]
     logits.sum().backward()
     torch.testing.assert_close(logits, reference(x)["logits"], rtol=2e-2, atol=2e-2)
+
+
+@dataclasses.dataclass(frozen=True)
+class Answer:
+    logits: Tensor
+    more: dict[str, list[Tensor]]
+    name: str = "answer"
+
+
+def test_results_of_any_form_are_widened() -> None:
+    narrow = torch.randn(2).bfloat16()
+
+    def call() -> tuple[Answer, Tensor, int]:
+        return Answer(narrow, {"a": [narrow]}), torch.arange(2), 3
+
+    answer, integers, number = under_autocast(call)()
+    assert answer.logits.dtype == answer.more["a"][0].dtype == torch.float32
+    assert (answer.name, integers.dtype, number) == ("answer", torch.int64, 3)

@@ -222,3 +222,24 @@ def test_pool_in_bf16_is_as_exact_as_autocast() -> None:
     batches = [(torch.randn(IMAGES, requires_grad=True),) for _ in range(4)]
     result = assert_bf16_parity(model, batches, default_passes("bf16"))
     assert result.fired("max-pool-in-bf16") == 1
+
+
+@pytest.mark.parametrize("function", [torch.tanh, torch.sigmoid])
+def test_complex_numbers_have_gradients_of_their_own(function: Callable[[Tensor], Tensor]) -> None:
+    class Model(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.weight = nn.Parameter(torch.randn(4, 4, dtype=torch.complex64) / 4)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return function(x @ self.weight).abs()
+
+    model, x = Model(), torch.randn(3, 4, dtype=torch.complex64)
+    result = run(model, x, passes=default_passes("fp32"))
+    model.zero_grad(set_to_none=True)
+    model(x).backward(_gradient_of(result.outputs[0]))
+    torch.testing.assert_close(result.gradients["weight"], model.weight.grad)
+
+
+def _gradient_of(output: Tensor) -> Tensor:
+    return torch.randn(output.shape, generator=torch.Generator().manual_seed(output.numel()))

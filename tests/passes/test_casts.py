@@ -10,6 +10,8 @@ import torch
 from captured import BF16, FP32, assert_parity, operators, rewritten, run, traced
 from torch import Tensor, nn
 
+from optcpu.backend import Backend
+from optcpu.pipeline import Pipeline, default_passes
 from passes import (
     CancelCasts,
     Canonicalize,
@@ -222,3 +224,42 @@ def test_exact_passes_keep_every_bit_of_a_bf16_model() -> None:
         assert gradient is not None
         assert other is not None
         assert torch.equal(gradient, other), name
+
+
+class Copies(nn.Module):
+    """Hands out copies that look alike; the caller may write to each of them."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.linear = nn.Linear(4, 4)
+
+    def forward(self, x: Tensor) -> tuple[Tensor, ...]:
+        wide = x.to(torch.float32, copy=True).view(-1)
+        weight = self.linear.weight.detach().to(torch.float32, copy=True).view(-1)
+        y = self.linear(x)
+        narrow = x.bfloat16()
+        return wide, weight, narrow, x.t().bfloat16(), x.bfloat16().view(-1), narrow.float(), y
+
+
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+def test_copies_given_to_the_caller_stay_copies(precision: str) -> None:
+    model, x = Copies(), torch.ones(4, 4)
+    before = model.linear.weight.detach().clone()
+    backend = Backend(Pipeline.of(default_passes(precision)), codegen=False)  # type: ignore[arg-type]
+    with torch.no_grad():
+        expected = model(x)
+        results = torch.compile(model, backend=backend)(x)
+        for result, reference in zip(results[:-1], expected[:-1], strict=True):
+            assert torch.equal(result, reference)
+            result.zero_()
+    assert torch.equal(x, torch.ones(4, 4))
+    assert torch.equal(model.linear.weight, before)
+
+
+def test_casts_of_which_one_escapes_are_shared() -> None:
+    def function(x: Tensor) -> tuple[Tensor, Tensor]:
+        return x.bfloat16().view(-1), torch.neg(x.bfloat16())
+
+    module = traced(function, torch.randn(3, 4))
+    assert rewritten(CancelCasts(), module) == 1
+    assert operators(module.graph).count("cast") == 1

@@ -92,3 +92,16 @@ def test_a_run_that_fails_is_never_chosen() -> None:
 
     runs = {"broken": broken, "sound": lambda: torch.zeros(1)}
     assert gemm.measure(runs, preferred="broken") == "sound"
+
+
+def test_sizes_that_are_close_share_a_measurement() -> None:
+    keys = [gemm.shape_key(torch.empty(m, 64), torch.empty(64, 4608)) for m in (900, 1000, 1030)]
+    assert len(set(keys)) == 2  # 1024 is a step
+    assert gemm._bucket(1) == 1
+    assert all(size <= gemm._bucket(size) <= 1.25 * size for size in range(1, 5000))
+
+
+def test_processes_add_to_each_others_choices(own_cache: Path) -> None:
+    gemm._save({"mine": "aten"})
+    gemm._save({"theirs": "onednn"})
+    assert json.loads(gemm.cache_file().read_text()) == {"mine": "aten", "theirs": "onednn"}

@@ -13,7 +13,14 @@ from torch import Tensor, fx, nn
 
 import optcpu
 from passes import Canonicalize, FuseLinear, FuseLinearBackward
-from tests.passes.captured import assert_bf16_parity, assert_parity, operators, rewritten, traced
+from tests.passes.captured import (
+    assert_bf16_parity,
+    assert_parity,
+    operators,
+    rewritten,
+    run,
+    traced,
+)
 
 EXACT = (Canonicalize(), FuseLinearBackward(), FuseLinear())
 NAME = "fuse-linear-backward"
@@ -46,8 +53,8 @@ def test_parity_and_count(activation: nn.Module) -> None:
 @pytest.mark.parametrize("activation", ACTIVATIONS, ids=str)
 def test_bf16_parity(activation: nn.Module) -> None:
     batches = [(torch.randn(64, 12, requires_grad=True),) for _ in range(4)]
-    run = assert_bf16_parity(three_layers(activation), batches, optcpu.default_passes("bf16"))
-    assert run.fired(NAME) == 3
+    result = assert_bf16_parity(three_layers(activation), batches, optcpu.default_passes("bf16"))
+    assert result.fired(NAME) == 3
 
 
 @settings(max_examples=10, deadline=None)
@@ -74,8 +81,8 @@ def test_parity_of_any_shape(
 
 def test_symbolic_sizes() -> None:
     x = torch.randn(3, 4, 12, requires_grad=True)
-    run = assert_parity(three_layers(nn.ReLU()), x, passes=EXACT, dynamic=True)
-    assert run.fired(NAME) == 3
+    result = assert_parity(three_layers(nn.ReLU()), x, passes=EXACT, dynamic=True)
+    assert result.fired(NAME) == 3
 
 
 @pytest.mark.parametrize("frozen", ["weight", "bias"])
@@ -278,3 +285,58 @@ def test_batches_of_no_and_one_row(rows: int) -> None:
 def test_inference_has_no_backward_to_fuse() -> None:
     model = three_layers(nn.ReLU()).requires_grad_(False)
     assert assert_parity(model, torch.randn(7, 12), passes=EXACT).fired(NAME) == 0
+
+
+class NarrowLinear(nn.Module):
+    """Multiplies in BF16 by itself, and adds an FP32 bias."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.randn(24, 24))
+        self.bias = nn.Parameter(torch.zeros(24))
+
+    def forward(self, x: Tensor) -> Tensor:
+        product = nn.functional.linear(x.bfloat16(), self.weight.bfloat16())
+        return (product.float() + self.bias) * torch.linspace(0.1, 1.3, 24)
+
+
+@pytest.mark.parametrize("rounded", [False, True])
+def test_an_fp32_bias_gradient_is_rounded_only_on_demand(rounded: bool) -> None:
+    model, x = NarrowLinear(), torch.randn(32, 24, requires_grad=True)
+    step = FuseLinearBackward(rounded_bias=rounded)
+    assert step.changes_numerics == rounded
+    result = run(model, x, passes=[Canonicalize(), step])
+    assert result.fired(NAME) == 1
+    model.zero_grad(set_to_none=True)
+    model(x).backward(_upstream(result.outputs[0]))
+    got, expected = result.gradients["bias"], model.bias.grad
+    assert got is not None
+    assert expected is not None
+    assert torch.allclose(got, expected, rtol=1e-5, atol=1e-5) == (not rounded)
+    torch.testing.assert_close(got, expected, rtol=2e-2, atol=1e-1)
+
+
+def _upstream(output: Tensor) -> Tensor:
+    generator = torch.Generator().manual_seed(output.numel())
+    return torch.randn(output.shape, generator=generator)
+
+
+@pytest.mark.parametrize(
+    "function",
+    [
+        lambda x, y: x @ (x.t() @ y),
+        lambda x, y: x @ torch.relu(x.t() @ y),
+        lambda x, y: (x @ y.t()) @ ((x @ y.t()).t() @ y),
+    ],
+)
+def test_products_of_products_make_no_cycle(function: Callable[[Tensor, Tensor], Tensor]) -> None:
+    class Model(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.linear = nn.Linear(6, 6)
+
+        def forward(self, x: Tensor, y: Tensor) -> Tensor:
+            return self.linear(function(x, y))
+
+    x, y = torch.randn(8, 6, requires_grad=True), torch.randn(8, 6, requires_grad=True)
+    assert_parity(Model(), x, y, passes=EXACT)
