@@ -88,7 +88,16 @@ class _Describer:
                 yield from self._code(constant, names)
             else:
                 yield self.describe(constant)
-        yield from (self.describe(names[name]) for name in code.co_names if name in names)
+        for name in code.co_names:
+            if name in names:
+                yield self.describe(names[name])
+                yield from self._attributes_read(names[name], code)
+
+    def _attributes_read(self, thing: object, code: types.CodeType) -> Iterator[str]:
+        """What the code may read from a module: settings there can change while it is loaded."""
+        if isinstance(thing, types.ModuleType) and _known_name(thing) is None:
+            found = (name for name in code.co_names if hasattr(thing, name))
+            yield from (f"{name}={self.describe(getattr(thing, name))}" for name in found)
 
     def _class(self, cls: type) -> Iterator[str]:
         yield _source(cls)
@@ -121,7 +130,11 @@ def _known_name(thing: Any) -> str | None:
     else:
         return None
     is_local = "<locals>" in name  # its closure decides as well
-    return f"{module}.{name}" if module.split(".")[0] in _KNOWN_PACKAGES and not is_local else None
+    # Python functions that claim to be builtins were made by exec().
+    is_made_up = isinstance(thing, types.FunctionType) and module == "builtins"
+    if is_local or is_made_up or module.split(".")[0] not in _KNOWN_PACKAGES:
+        return None
+    return f"{module}.{name}"
 
 
 def _contents(cell: types.CellType) -> object:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import subprocess
 import sys
+import types
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -173,3 +174,16 @@ def test_the_same_in_a_new_process(tmp_path: Path) -> None:
     first, again = (in_new_process(SOURCE, tmp_path, seed) for seed in (1, 2))
     assert first == again
     assert in_new_process(SOURCE.replace('"x"', '"w"'), tmp_path, 1) != first
+
+
+def test_a_setting_that_is_read_from_a_module() -> None:
+    settings = types.ModuleType("settings")
+    settings.FACTOR = 1  # type: ignore[attr-defined]
+    settings.OTHER = 1  # type: ignore[attr-defined]
+    names = {"settings": settings}
+    exec("def reads(graph):\n    return settings.FACTOR", names)
+    before = fingerprint(names["reads"])
+    settings.OTHER = 2  # type: ignore[attr-defined]
+    assert fingerprint(names["reads"]) == before
+    settings.FACTOR = 2  # type: ignore[attr-defined]
+    assert fingerprint(names["reads"]) != before
