@@ -70,8 +70,8 @@ _SWITCHED = "_groups_switched_by_optcpu"
 
 
 def _is_open(group: dict[str, Any]) -> bool:
-    chosen = (group.get("fused"), group.get("foreach"))
-    return chosen == (None, None) and not group.get("differentiable", group.get("capturable"))
+    unset = group.get("fused") is None and group.get("foreach") is None
+    return unset and not group.get("differentiable") and not group.get("capturable")
 
 
 def _fits(optimizer: Optimizer, group: dict[str, Any]) -> bool:

@@ -84,9 +84,13 @@ class MaxPoolInBf16(Pass):
     def __call__(self, graph: fx.Graph) -> int:
         fired = 0
         for node in calls(graph, *_MAX_POOLS):
-            (result, *_), source = sorted(node.users, key=lambda user: user.args[1]), node.args[0]  # type: ignore[arg-type, return-value]
+            source = node.args[0]
             assert isinstance(source, fx.Node)
-            if dtype(source) != torch.float32 or not all(map(_is_rounding, result.users)):
+            results = [item for item in node.users if item.args[1] == 0]
+            readers = [reader for result in results for reader in result.users]
+            if dtype(source) != torch.float32 or not readers:
+                continue
+            if not all(map(_is_rounding, readers)):
                 continue
             with graph.inserting_before(node):
                 narrow = cast(node, source, torch.bfloat16)
@@ -97,7 +101,8 @@ class MaxPoolInBf16(Pass):
                 if backward.args[1] is source:  # of which it wants the shape
                     with graph.inserting_before(backward):
                         backward.update_arg(1, cast(backward, narrow, torch.float32))
-            for rounded in list(result.users):
+            for rounded in readers:
+                (result,) = rounded.all_input_nodes
                 rounded.replace_all_uses_with(result)
                 graph.erase_node(rounded)
             fired += 1

@@ -11,9 +11,8 @@ from torch import fx
 from passes.base import Pass
 from passes.graph import aten, calls, emit, value
 
-_FEWEST_CHANNELS = (
-    8  # oneDNN's vector of eight FP32 numbers, which its kernel reads past the channels
-)
+# oneDNN's vector holds eight FP32 numbers; with fewer channels its kernel reads past them.
+_FEWEST_CHANNELS = 8
 
 
 @dataclass(frozen=True, repr=False)

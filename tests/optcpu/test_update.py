@@ -10,7 +10,7 @@ import pytest
 import torch
 from torch import nn
 
-from optcpu.update import use_fused_update
+from optcpu.update import _is_open, use_fused_update
 
 Make = Callable[..., torch.optim.Optimizer]
 
@@ -53,6 +53,14 @@ def test_same_steps(
     assert ours.state_dict()["param_groups"] == theirs.state_dict()["param_groups"]
     torch.testing.assert_close(model.weight, twin.weight, rtol=1e-4, atol=1e-6)
     torch.testing.assert_close(model.bias, twin.bias, rtol=1e-4, atol=1e-6)
+
+
+@pytest.mark.parametrize("choice", ["fused", "foreach", "differentiable", "capturable"])
+def test_a_group_with_a_choice_of_the_users_is_not_open(choice: str) -> None:
+    (group,) = torch.optim.AdamW(nn.Linear(2, 2).parameters()).param_groups
+    assert _is_open(group)
+    assert not _is_open(group | {choice: True})
+    assert _is_open(group | {choice: False}) == (choice in ("differentiable", "capturable"))
 
 
 @pytest.mark.parametrize("choice", [{"fused": False}, {"foreach": True}, {"differentiable": True}])
