@@ -97,8 +97,10 @@ def _linear(
     else:
         narrow = cast(node, bias, value(x).dtype)
         product = emit(node, aten.addmm.default, narrow, x, columns)
-    if activation == "none":
-        return product
+    return product if activation == "none" else _activated(node, product, activation)
+
+
+def _activated(node: fx.Node, product: fx.Node, activation: str) -> fx.Node:
     rule = ops.ACTIVATIONS[activation]
     return emit(node, rule.forward, product, **dict(rule.arguments))  # type: ignore[arg-type]
 
@@ -107,8 +109,7 @@ def _linear_saving_input(
     node: fx.Node, x: fx.Node, weight: fx.Node, bias: fx.Node | None, activation: str
 ) -> list[fx.Node | None]:
     before = _linear(node, x, weight, bias, "none")
-    rule = ops.ACTIVATIONS[activation]
-    return [emit(node, rule.forward, before, **dict(rule.arguments)), before]  # type: ignore[arg-type]
+    return [_activated(node, before, activation), before]
 
 
 def _linear_add(
