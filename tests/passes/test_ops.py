@@ -8,6 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from passes import ops
+from passes.gemm import kernels
 
 DTYPES = (torch.float32, torch.bfloat16)
 SIZES = st.tuples(st.integers(0, 50), st.integers(1, 50), st.integers(1, 50))
@@ -82,6 +83,21 @@ def test_linear_add(dtype: torch.dtype) -> None:
     expected = reference(x, weight, bias, "none") + residual.double()
     torch.testing.assert_close(result.double(), expected, **tolerance(dtype))
     assert torch.equal(residual, untouched)
+
+
+@pytest.mark.parametrize("kernel", kernels(torch.float32))
+def test_every_kernel_serves_every_linear(kernel: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(ops, "fastest", lambda a, b: kernel)
+    x, weight, bias, residual = (torch.randn(s) for s in ((32, 24), (16, 24), (16,), (32, 16)))
+    expected = reference(x, weight, bias, "none").float()
+    torch.testing.assert_close(ops.linear_op(x, weight, bias, "relu"), expected.relu())
+    torch.testing.assert_close(ops.linear_add(x, weight, bias, residual), expected + residual)
+    laid_out = ops._weight_for_onednn(x, weight)
+    if kernel == "aten":
+        assert laid_out is None
+    else:
+        assert laid_out is not None
+        assert laid_out.is_mkldnn == (kernel == "onednn-packed")
 
 
 @settings(max_examples=60, deadline=None)
