@@ -217,6 +217,34 @@ def test_pool_is_left_in_fp32(model: nn.Module) -> None:
     assert result.fired("max-pool-in-bf16") == 0
 
 
+def _indices_only(x: Tensor) -> Tensor:
+    return F.max_pool2d(x, 2, return_indices=True)[1]
+
+
+def _neither(x: Tensor) -> Tensor:
+    F.max_pool2d(x, 2)
+    return x + 1
+
+
+@pytest.mark.parametrize("unused_results_stay", [True, False])
+@pytest.mark.parametrize("function", [_indices_only, _neither])
+def test_pool_whose_result_nobody_reads_is_left_alone(
+    function: Callable[[Tensor], Tensor], unused_results_stay: bool
+) -> None:
+    """Its indices, of the FP32 elements, must not become those of rounded ones."""
+    x = torch.randn(2, 3, 8, 8)
+    module = traced(function, x)
+    if not unused_results_stay:
+        for node in reversed(module.graph.nodes):
+            if not node.users and "pool_with" not in str(node.target) and node.op != "output":
+                module.graph.erase_node(node)
+    before = str(module.graph)
+    assert "pool_with" in before
+    assert rewritten(MaxPoolInBf16(), module) == 0
+    assert str(module.graph) == before
+    assert torch.equal(module(x), function(x))
+
+
 def test_pool_in_bf16_is_as_exact_as_autocast() -> None:
     model = pooled(nn.Conv2d(3, 4, 3))
     batches = [(torch.randn(IMAGES, requires_grad=True),) for _ in range(4)]
