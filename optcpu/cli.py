@@ -104,11 +104,12 @@ def _inspect(arguments: argparse.Namespace) -> int:
     from rich.console import Console
 
     from optcpu.inspect import inspect
+    from optcpu.inspection.page import page_path
     from optcpu.measure.batches import call_model
 
     console = Console(highlight=False)
+    page = page_path(arguments.output)
     job = _workload(arguments)
-    page = Path(arguments.output)
     _check_writable(page)
     console.print(f"[bold]{job.name}[/]: {job.description}")
     batch, loss = job.batches[0], job.loss

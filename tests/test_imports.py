@@ -16,7 +16,7 @@ ROOT = Path(__file__).parents[1]
 LAYERS: tuple[tuple[str, ...], ...] = (
     ("passes",),
     ("optcpu.errors", "optcpu.cpu", "optcpu.memory", "optcpu.random_state", "optcpu.models"),
-    ("optcpu.record", "optcpu.recurrent", "optcpu.update", "optcpu.data"),
+    ("optcpu.record", "optcpu.recurrent", "optcpu.update", "optcpu.data", "optcpu.files"),
     ("optcpu.pipeline",),
     ("optcpu.backend",),
     ("optcpu.optimize",),

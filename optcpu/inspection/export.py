@@ -5,9 +5,9 @@ from __future__ import annotations
 import json
 from dataclasses import asdict
 from os import PathLike
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from optcpu import files
 from optcpu.inspection.model import GraphReport, Node, PassReport, Stage
 
 if TYPE_CHECKING:
@@ -15,10 +15,11 @@ if TYPE_CHECKING:
 
 
 def to_json(inspection: Inspection, path: str | PathLike[str] | None) -> str:
-    """The inspection as JSON, stages in full."""
+    """The inspection as JSON, stages in full; see :meth:`Inspection.to_json`."""
+    target = None if path is None else files.path_for(path, "to_json", "JSON", ".json")
     text = json.dumps(to_dict(inspection), separators=(",", ":")) + "\n"
-    if path is not None:
-        Path(path).write_text(text, encoding="utf-8")
+    if target is not None:
+        files.write(target, text.encode(), "to_json")
     return text
 
 

@@ -6,14 +6,13 @@ import base64
 import hashlib
 import html
 import json
-import os
 from importlib import resources
 from os import PathLike
 from pathlib import Path
 from string import Template
 from typing import TYPE_CHECKING, Any
 
-from optcpu.errors import OptcpuError
+from optcpu import files
 from optcpu.inspection import pack
 
 if TYPE_CHECKING:
@@ -34,19 +33,17 @@ _SCRIPTS = (
 
 def save(inspection: Inspection, path: str | PathLike[str]) -> None:
     """Write the page; see :meth:`Inspection.save`."""
-    target = Path(path)
-    text = to_html(inspection)
-    # Complete in the same folder first, so that nobody ever finds half a page.
-    draft = target.with_name(f".{target.name}.{os.getpid()}.tmp")
-    try:
-        draft.write_text(text, encoding="utf-8", newline="\n")
-        draft.replace(target)
-    except OSError as error:
-        draft.unlink(missing_ok=True)
-        raise OptcpuError(
-            f"cannot write {target}: {error.strerror}; nothing is lost: call save() with a path "
-            "that can be written"
-        ) from error
+    target = page_path(path)
+    files.write(target, to_html(inspection).encode(), "save")
+
+
+def page_path(path: str | PathLike[str]) -> Path:
+    """``path``, if a page can have that name.
+
+    Raises:
+        ValueError: its suffix is that of another kind of file.
+    """
+    return files.path_for(path, "save", "a web page", ".html", ".htm")
 
 
 def to_html(inspection: Inspection) -> str:

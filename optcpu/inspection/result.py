@@ -136,7 +136,12 @@ class Inspection:
         return difference.unified(self.stage(before, region), self.stage(after, region), context)
 
     def to_json(self, path: str | PathLike[str] | None = None) -> str:
-        """Everything as JSON; also written to ``path`` if one is given."""
+        """Everything as JSON; also written to ``path`` if one is given.
+
+        Raises:
+            ValueError: ``path`` ends in another suffix than ``.json``.
+            OptcpuError: the file cannot be written.
+        """
         return export.to_json(self, path)
 
     def save(self, path: str | PathLike[str]) -> None:
@@ -145,6 +150,7 @@ class Inspection:
         An existing file is replaced only once the new one is complete.
 
         Raises:
+            ValueError: ``path`` ends in another suffix than ``.html`` or ``.htm``.
             OptcpuError: the file cannot be written. Nothing is lost: save elsewhere.
         """
         page.save(self, path)

@@ -195,6 +195,12 @@ class TestWrongInput:
         assert message in line
         assert not compared  # nothing was started
 
+    def test_a_page_of_another_kind_is_refused_at_once(
+        self, capsys: pytest.CaptureFixture[str]
+    ) -> None:
+        assert main(["inspect", "--model", "no_such_module:f", "--output", "x.weird"]) == 2
+        assert "'x.weird' ends in '.weird'" in _error(capsys)
+
     @pytest.mark.parametrize(
         ("arguments", "message"),
         [

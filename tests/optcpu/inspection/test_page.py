@@ -14,7 +14,6 @@ import torch
 from torch import Tensor, nn
 
 import optcpu
-from optcpu.errors import OptcpuError
 from optcpu.models import gpt2_small
 
 webdriver = pytest.importorskip("selenium.webdriver")
@@ -216,9 +215,3 @@ def test_a_picture_of_the_page_has_something_on_it(page: Page, tmp_path: Path) -
     shot = tmp_path / "page.png"
     page.driver.save_screenshot(str(shot))
     assert len(image.open(shot).convert("RGB").getcolors(1 << 24)) > 30
-
-
-def test_a_folder_that_does_not_exist(tmp_path: Path) -> None:
-    inspection = optcpu.inspect(nn.Linear(2, 2), torch.randn(1, 2))
-    with pytest.raises(OptcpuError, match=r"cannot write .*nothing is lost"):
-        inspection.save(tmp_path / "nowhere" / "graphs.html")

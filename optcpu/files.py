@@ -1,0 +1,66 @@
+"""Files that a user asks for: what their name says they are, and complete or not there at all."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+from os import PathLike
+from pathlib import Path
+
+from optcpu.errors import OptcpuError
+
+
+def path_for(path: str | PathLike[str], writer: str, content: str, *suffixes: str) -> Path:
+    """``path``, whose name must end in one of ``suffixes`` or have no suffix at all.
+
+    Args:
+        path: where the user wants the file.
+        writer: the method that writes it, as in ``"save"``.
+        content: what it writes, as in ``"a web page"``.
+        *suffixes: the usual one first.
+
+    Raises:
+        ValueError: the name ends in another suffix.
+    """
+    target = Path(path)
+    if target.suffix and target.suffix.lower() not in suffixes:
+        better = target.with_suffix(suffixes[0])
+        raise ValueError(
+            f"{str(target)!r} ends in {target.suffix!r}, but {writer}() writes {content}, whose "
+            f"name must end in {' or '.join(map(repr, suffixes))}, as in {str(better)!r}"
+        )
+    return target
+
+
+def write(target: Path, content: bytes, writer: str) -> None:
+    """Write a file; one that is there already is replaced only once the new one is complete.
+
+    Args:
+        target: the file.
+        content: all of it.
+        writer: the method that the user called, for the message.
+
+    Raises:
+        OptcpuError: it cannot be written.
+    """
+    try:
+        if target.exists() and not target.is_file():
+            target.write_bytes(content)  # a pipe or a device must not be replaced by a file
+        else:
+            _replace(Path(os.path.realpath(target)), content)
+    except OSError as error:
+        raise OptcpuError(
+            f"cannot write {target}: {error.strerror}; nothing is lost: call {writer}() with a path "
+            "that can be written"
+        ) from error
+
+
+def _replace(target: Path, content: bytes) -> None:
+    # Complete in the same folder first, so that nobody ever finds half a file.
+    draft = target.with_name(f".{target.name}.{os.getpid()}.tmp")
+    try:
+        draft.write_bytes(content)
+        draft.replace(target)
+    finally:
+        with contextlib.suppress(OSError):  # in place already, or never made
+            draft.unlink()
