@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import io
 import math
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from optcpu import files
 from optcpu.errors import OptcpuError
 from optcpu.measure.report import figure
 from optcpu.measure.variants import REFERENCE
@@ -22,11 +24,8 @@ _LOG_TICKS = 5
 
 
 def plot(comparison: Comparison, path: str | Path) -> Path:
-    """Write the chart to ``path``, as PNG whatever its name ends in.
-
-    Raises:
-        OptcpuError: if matplotlib is not installed.
-    """
+    """Write the chart; see :meth:`Comparison.plot`."""
+    target = files.path_for(path, "plot", "a PNG image", ".png")
     try:
         from matplotlib.figure import Figure
     except ImportError as error:
@@ -44,8 +43,9 @@ def plot(comparison: Comparison, path: str | Path) -> Path:
     _draw_times(times, comparison)
     _draw_memory(memory, comparison)
     _draw_errors(errors, comparison)
-    target = Path(path)
-    chart.savefig(target, format="png")
+    image = io.BytesIO()
+    chart.savefig(image, format="png")
+    files.write(target, image.getvalue(), "plot")
     return target
 
 

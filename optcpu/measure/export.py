@@ -10,15 +10,21 @@ from dataclasses import fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from optcpu import files
+
 if TYPE_CHECKING:
     from optcpu.measure.result import Comparison
 
 
 def to_json(comparison: Comparison, path: str | Path | None) -> str:
-    """The comparison as JSON; NaN and infinities, which JSON does not have, become null."""
+    """The comparison as JSON; NaN and infinities, which JSON does not have, become null.
+
+    ``path`` as in :meth:`Comparison.to_json`.
+    """
+    target = None if path is None else files.path_for(path, "to_json", "JSON", ".json")
     text = json.dumps(_finite(comparison.to_dict()), indent=2, allow_nan=False) + "\n"
-    if path is not None:
-        Path(path).write_text(text, encoding="utf-8")
+    if target is not None:
+        files.write(target, text.encode(), "to_json")
     return text
 
 
@@ -33,7 +39,11 @@ def _finite(value: Any) -> Any:
 
 
 def to_csv(comparison: Comparison, path: str | Path | None) -> str:
-    """The rows as CSV; figures per round or step and tracebacks are left to the JSON."""
+    """The rows as CSV; figures per round or step and tracebacks are left to the JSON.
+
+    ``path`` as in :meth:`Comparison.to_csv`.
+    """
+    target = None if path is None else files.path_for(path, "to_csv", "CSV", ".csv")
     left_out = ("step_ms_spread", "rounds_ms", "losses", "failure_log", "notes")
     names = [field.name for field in fields(comparison.rows[0]) if field.name not in left_out]
     extra = ["step_ms_fastest", "step_ms_slowest", "notes"]
@@ -44,8 +54,6 @@ def to_csv(comparison: Comparison, path: str | Path | None) -> str:
         spread = row.step_ms_spread or (None, None)
         writer.writerow([*(getattr(row, name) for name in names), *spread, "; ".join(row.notes)])
     text = buffer.getvalue()
-    if path is not None:
-        # newline="": the text has its line ends already.
-        with Path(path).open("w", encoding="utf-8", newline="") as file:
-            file.write(text)
+    if target is not None:
+        files.write(target, text.encode(), "to_csv")
     return text

@@ -124,18 +124,32 @@ class Comparison:
         return {**asdict(self), "verdict": self.verdict}
 
     def to_json(self, path: str | Path | None = None) -> str:
-        """The comparison as JSON (NaN and infinities become null), also written to ``path``."""
+        """The comparison as JSON (NaN and infinities become null), also written to ``path``.
+
+        Raises:
+            ValueError: ``path`` ends in another suffix than ``.json``.
+            OptcpuError: the file cannot be written.
+        """
         return export.to_json(self, path)
 
     def to_csv(self, path: str | Path | None = None) -> str:
-        """The rows as CSV, one line per variant, also written to ``path``."""
+        """The rows as CSV, one line per variant, also written to ``path``.
+
+        Raises:
+            ValueError: ``path`` ends in another suffix than ``.csv``.
+            OptcpuError: the file cannot be written.
+        """
         return export.to_csv(self, path)
 
     def plot(self, path: str | Path) -> Path:
         """Draw step time, peak memory and gradient error as a PNG chart.
 
+        Returns:
+            Where it was written to.
+
         Raises:
-            OptcpuError: if matplotlib is not installed.
+            ValueError: ``path`` ends in another suffix than ``.png``.
+            OptcpuError: matplotlib is not installed, or the file cannot be written.
         """
         return chart.plot(self, path)
 

@@ -4,9 +4,13 @@ import csv
 import io
 import json
 import math
+import os
 from collections.abc import Callable
 from pathlib import Path
 
+import pytest
+
+from optcpu.errors import OptcpuError
 from optcpu.measure.result import Comparison, Row
 
 MakeRow = Callable[..., Row]
@@ -44,3 +48,32 @@ def test_csv_has_one_line_per_variant(
     assert float(rows[3]["step_ms_slowest"]) == 50.0 * 1.1
     assert rows[4]["failed"] == 'RuntimeError: "a, b"\nsecond line'
     assert rows[4]["step_ms"] == ""
+
+
+@pytest.mark.parametrize(
+    ("method", "name", "better"),
+    [
+        ("to_json", "x.csv", "x.json"),
+        ("to_csv", "x.json", "x.csv"),
+        ("plot", "x.pdf", "x.png"),
+    ],
+)
+def test_another_suffix_is_refused(
+    comparison: MakeComparison, tmp_path: Path, method: str, name: str, better: str
+) -> None:
+    with pytest.raises(ValueError, match=rf"{name}' ends in .*, but {method}\(\).*{better}'$"):
+        getattr(comparison(), method)(tmp_path / name)
+    assert os.listdir(tmp_path) == []
+
+
+@pytest.mark.parametrize("name", ["nowhere/x", "file/x", "folder"])
+@pytest.mark.parametrize("method", ["to_json", "to_csv", "plot"])
+def test_what_cannot_be_written_is_told(
+    comparison: MakeComparison, tmp_path: Path, method: str, name: str
+) -> None:
+    if method == "plot":
+        pytest.importorskip("matplotlib")
+    (tmp_path / "file").touch()
+    (tmp_path / "folder").mkdir()
+    with pytest.raises(OptcpuError, match=rf"cannot write .*{name}: .*call {method}\(\)"):
+        getattr(comparison(), method)(tmp_path / name)
