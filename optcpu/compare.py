@@ -13,6 +13,7 @@ from optcpu.cpu import capabilities
 from optcpu.measure.batches import Batch, Loss, signature, units_in
 from optcpu.measure.judge import rows_of
 from optcpu.measure.machine import describe_machine
+from optcpu.measure.options import check_options
 from optcpu.measure.payload import Payload, Trial, checked_payload, try_out
 from optcpu.measure.progress import Reporter
 from optcpu.measure.resident import hand_back_freed_memory
@@ -115,17 +116,20 @@ def compare(
         OptcpuError: if the model cannot be pickled.
         WorkerError: if the reference, eager FP32, fails in its process.
     """
-    _check_counts(
+    check_options(
         steps=steps,
         rounds=rounds,
+        round_seconds=round_seconds,
         accumulation_steps=accumulation_steps,
+        precision=precision,
+        unit=unit,
         units_per_batch=units_per_batch,
         threads=threads,
+        cold=cold,
+        progress=progress,
+        name=name,
+        variants=variants,
     )
-    if not 0 < round_seconds < math.inf:
-        raise ValueError(f"round_seconds must be positive, not {round_seconds!r}.")
-    if precision not in ("auto", "bf16", "fp32"):
-        raise ValueError(f"precision must be 'auto', 'bf16' or 'fp32', not {precision!r}.")
     payload = checked_payload(model, batch, loss, optimizer)
     cpu = capabilities()
     asked = None if variants is None else named_variants(variants)
@@ -172,12 +176,6 @@ def compare(
             *_notes_on_noise(rows),
         ],
     )
-
-
-def _check_counts(**counts: int | None) -> None:
-    for option, value in counts.items():
-        if value is not None and (not isinstance(value, int) or value < 1):
-            raise ValueError(f"{option} must be a whole number of at least 1, not {value!r}.")
 
 
 def _prepare(

@@ -169,7 +169,9 @@ def test_batches_of_other_shapes_and_keywords() -> None:
         ({"units_per_batch": 0}, "units_per_batch must be"),
         ({"threads": 0}, "threads must be"),
         ({"round_seconds": 0.0}, "round_seconds must be positive"),
+        ({"round_seconds": "1"}, "round_seconds must be positive and finite.* not '1'"),
         ({"precision": "fp16"}, "precision must be 'auto', 'bf16' or 'fp32', not 'fp16'"),
+        ({"cold": "no"}, "cold must be True or False, not 'no'"),
         ({"variants": ["optcpus"]}, "Did you mean 'optcpu'"),
     ],
 )
