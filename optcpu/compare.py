@@ -10,7 +10,15 @@ import torch
 from torch import nn
 
 from optcpu.cpu import capabilities
-from optcpu.measure.batches import Batch, Loss, signature, units_in
+from optcpu.measure.batches import (
+    Batch,
+    Loss,
+    call_model,
+    check_targets,
+    default_loss,
+    signature,
+    units_in,
+)
 from optcpu.measure.judge import rows_of
 from optcpu.measure.machine import describe_machine
 from optcpu.measure.options import check_options
@@ -28,6 +36,7 @@ from optcpu.measure.variants import (
     named_variants,
     tuned_twins,
 )
+from optcpu.random_state import random_state_kept
 
 __all__ = ["Comparison", "Row", "compare"]
 
@@ -137,7 +146,10 @@ def compare(
         reporter.phase("checking the model")
         payload.save(team.payload_file)
         # The trial runs on what was read back, which is what the workers will see.
-        trial = try_out(Payload.load(team.payload_file), _SEED)
+        job = Payload.load(team.payload_file)
+        trial = try_out(job, _SEED)
+        _check_targets(job)
+        del job
         # What the trial needed is better used by the workers.
         hand_back_freed_memory()
         settings = Settings(
@@ -176,6 +188,13 @@ def compare(
             *_notes_on_noise(rows),
         ],
     )
+
+
+def _check_targets(job: Payload) -> None:
+    """The trial meets one batch of each shape; a wrong class in another would end every worker."""
+    if job.loss is default_loss and len(job.batches) > 1:
+        with random_state_kept(), torch.no_grad():
+            check_targets(call_model(job.model, job.batches[0]), job.batches)
 
 
 def _prepare(

@@ -28,6 +28,7 @@ from torch import Tensor
 Batch: TypeAlias = Any
 Loss: TypeAlias = Callable[[Any, Any], Tensor]
 
+_LEFT_OUT = -100  # targets that PyTorch's cross entropy ignores by default
 _CONVENTION = (
     "A batch is a tensor, a tuple (*inputs, target), or a dict of keyword arguments; "
     "several batches are a list of those."
@@ -133,12 +134,13 @@ def default_loss(output: Any, batch: Batch) -> Tensor:
     Raises:
         TypeError: if there is neither a loss in the output nor a target, or if the output is not
             one tensor.
-        ValueError: if the shapes of output and target do not fit.
+        ValueError: if the shapes of output and target do not fit, or a target is no class.
     """
     own = _entry(output, "loss")
     if isinstance(own, Tensor):
         return own
-    if not isinstance(batch, tuple) or len(batch) < 2 or not isinstance(batch[-1], Tensor):
+    target = _target(batch)
+    if target is None:
         raise TypeError(
             "there is no target for the default loss: the output has no .loss and the batch is not "
             "a tuple (*inputs, target). Pass loss=lambda output, batch: ..."
@@ -149,7 +151,6 @@ def default_loss(output: Any, batch: Batch) -> Tensor:
             f"the default loss needs one tensor or an output with .logits or .loss, not "
             f"{type(output).__name__}. Pass loss=lambda output, batch: ..."
         )
-    target = batch[-1]
     shapes = f"output {_describe(logits)} and target {_describe(target)}"
     if target.is_floating_point():
         if logits.shape != target.shape:
@@ -160,12 +161,59 @@ def default_loss(output: Any, batch: Batch) -> Tensor:
         return F.mse_loss(logits.float(), target.float())
     if logits.dim() == target.dim() + 1:
         if logits.dim() <= 3 and logits.shape[:-1] == target.shape:
-            return F.cross_entropy(logits.float().flatten(0, -2), target.long().flatten())
+            return _cross_entropy(logits.flatten(0, -2), target.flatten())
         if logits.shape[:1] + logits.shape[2:] == target.shape:
-            return F.cross_entropy(logits.float(), target.long())
+            return _cross_entropy(logits, target)
     raise ValueError(
         f"cross entropy does not fit {shapes}. Reshape them, or pass loss=lambda output, batch: ..."
     )
+
+
+def _target(batch: Batch) -> Tensor | None:
+    if isinstance(batch, tuple) and len(batch) > 1 and isinstance(batch[-1], Tensor):
+        return batch[-1]
+    return None
+
+
+def _cross_entropy(logits: Tensor, target: Tensor) -> Tensor:
+    try:
+        return F.cross_entropy(logits.float(), target.long())
+    except IndexError:  # only then is it worth the time to look at every target
+        _check_classes(target, logits.shape[1])
+        raise
+
+
+def check_targets(output: Any, batches: Sequence[Batch]) -> None:
+    """Check the targets of all batches against the output for the first one.
+
+    Does nothing where :func:`default_loss` is not a cross entropy.
+
+    Raises:
+        ValueError: a target is none of the output's classes.
+    """
+    logits = output if isinstance(output, Tensor) else _entry(output, "logits")
+    first = _target(batches[0])
+    if isinstance(_entry(output, "loss"), Tensor) or not isinstance(logits, Tensor):
+        return
+    if first is None or first.is_floating_point():
+        return
+    classes_last = logits.dim() <= 3 and logits.shape[:-1] == first.shape
+    classes = logits.shape[-1] if classes_last else logits.shape[1]
+    for batch in batches:
+        target = _target(batch)
+        if target is not None and not target.is_floating_point():
+            _check_classes(target, classes)
+
+
+def _check_classes(target: Tensor, classes: int) -> None:
+    target = target.long()
+    wrong = target[((target < 0) | (target >= classes)) & (target != _LEFT_OUT)]
+    if wrong.numel():
+        raise ValueError(
+            f"the target has class {int(wrong[0])}, but the output has {classes} classes, 0 to "
+            f"{classes - 1}: number the classes from 0, give the model an output for each, or mark "
+            f"what the loss shall leave out with {_LEFT_OUT}."
+        )
 
 
 def _entry(output: Any, name: str) -> Any:

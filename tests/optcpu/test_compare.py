@@ -189,6 +189,20 @@ def test_a_bad_batch_is_met_before_any_worker_starts(monkeypatch: pytest.MonkeyP
         compare(mlp(), (torch.randn(32, 65), Y), progress=False)
 
 
+@pytest.mark.parametrize("position", [0, 1])
+def test_a_wrong_class_is_met_before_any_worker_starts(
+    position: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(subprocess, "Popen", None)
+    batches = [(X, Y), (X, Y)]
+    batches[position] = (X, torch.full_like(Y, 10))
+    model = nn.Sequential(mlp(), nn.Dropout(0.5))
+    random_state = torch.get_rng_state()
+    with pytest.raises(ValueError, match=r"has class 10, but the output has 10 classes, 0 to 9"):
+        compare(model, batches, progress=False)
+    assert torch.equal(torch.get_rng_state(), random_state)
+
+
 def test_rounds_that_differ_much_are_told() -> None:
     steady = Row("eager-fp32", "stock", step_ms=10.0, step_ms_spread=(9.0, 12.0))
     failed = Row("ipex", "peer", failed="RuntimeError: no")

@@ -10,6 +10,7 @@ import torch.nn.functional as F
 from optcpu.measure.batches import (
     as_batches,
     call_model,
+    check_targets,
     default_loss,
     describe_call,
     signature,
@@ -130,6 +131,47 @@ class TestDefaultLoss:
     ) -> None:
         with pytest.raises(error, match="loss=lambda output, batch"):
             default_loss(output, batch)
+
+
+class TestClasses:
+    LAYOUTS = (
+        ((4, 3), (4,)),
+        ((4, 2, 3), (4, 2)),
+        ((4, 3, 5), (4, 5)),
+        ((4, 3, 5, 6), (4, 5, 6)),
+    )
+
+    @pytest.mark.parametrize("wrong", [3, -1, 10**6])
+    @pytest.mark.parametrize(("output", "target"), LAYOUTS)
+    def test_a_target_that_is_none_is_named(
+        self, output: tuple[int, ...], target: tuple[int, ...], wrong: int
+    ) -> None:
+        logits, good = torch.randn(output), torch.zeros(target, dtype=torch.int64)
+        bad = good.clone()
+        bad.view(-1)[-1] = wrong
+        message = rf"target has class {wrong}, but the output has 3 classes, 0 to 2: .*-100"
+        with pytest.raises(ValueError, match=message):
+            default_loss(logits, (X, bad))
+        for one in (logits, {"logits": logits}):
+            check_targets(one, [(X, good)])
+            with pytest.raises(ValueError, match=message):
+                check_targets(one, [(X, good), (X, bad)])
+
+    def test_what_the_loss_leaves_out_is_no_class(self) -> None:
+        target = torch.tensor([0, -100, 2, -100])
+        check_targets(torch.randn(4, 3), [(X, target)])
+        assert default_loss(torch.randn(4, 3), (X, target)).isfinite()
+
+    @pytest.mark.parametrize(
+        ("output", "batch"),
+        [
+            (SimpleNamespace(loss=torch.tensor(1.0), logits=torch.randn(4, 2)), (X, Y)),
+            (torch.randn(4, 2), {"x": X}),
+            (torch.randn(4, 2), (X, torch.full((4, 2), 7.0))),
+        ],
+    )
+    def test_other_losses_have_none(self, output: Any, batch: Any) -> None:
+        check_targets(output, [batch])
 
 
 def test_tensors_are_found_in_nested_outputs() -> None:
