@@ -12,6 +12,7 @@ from optcpu.errors import CompileError, FallbackWarning, OptcpuError, WorkerErro
 if TYPE_CHECKING:
     from optcpu.compare import Comparison, compare
     from optcpu.inspect import Inspection, inspect
+    from optcpu.optim import Lamb, Lookahead
     from optcpu.optimize import optimize, restore
     from optcpu.pipeline import default_passes
 
@@ -22,6 +23,8 @@ __all__ = [
     "CompileError",
     "FallbackWarning",
     "Inspection",
+    "Lamb",
+    "Lookahead",
     "OptcpuError",
     "WorkerError",
     "compare",
@@ -34,13 +37,15 @@ __all__ = [
 _HOME = {
     "Comparison": "optcpu.compare",
     "Inspection": "optcpu.inspect",
+    "Lamb": "optcpu.optim",
+    "Lookahead": "optcpu.optim",
     "compare": "optcpu.compare",
     "default_passes": "optcpu.pipeline",
     "inspect": "optcpu.inspect",
     "optimize": "optcpu.optimize",
     "restore": "optcpu.optimize",
 }
-_MODULES = ("data", "models", "workloads")
+_MODULES = ("data", "models", "optim", "workloads")
 
 
 def _imported(module: str) -> ModuleType:

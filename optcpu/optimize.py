@@ -16,10 +16,11 @@ from optcpu.backend import Backend
 from optcpu.cpu import capabilities
 from optcpu.errors import OptcpuError, warn
 from optcpu.memory import keep_freed_memory
+from optcpu.optim.weights import restore_weights
 from optcpu.pipeline import Pipeline, Precision, default_passes, resolve_precision
 from optcpu.record import Record
 from optcpu.recurrent import needs_autocast, under_autocast
-from optcpu.update import use_fused_update
+from optcpu.takeover import resolve_state_dtype, resolve_weights, take_over
 from passes.base import Rewrite
 
 Model = TypeVar("Model", bound=nn.Module)
@@ -58,6 +59,8 @@ def optimize(
     fallback: bool = True,
     keep_memory: bool = True,
     dynamic: bool | None = None,
+    weights: str = "auto",
+    state_dtype: torch.dtype | None = None,
 ) -> Model: ...
 
 
@@ -71,6 +74,8 @@ def optimize(
     fallback: bool = True,
     keep_memory: bool = True,
     dynamic: bool | None = None,
+    weights: str = "auto",
+    state_dtype: torch.dtype | None = None,
 ) -> tuple[Model, AnyOptimizer]: ...
 
 
@@ -83,6 +88,8 @@ def optimize(
     fallback: bool = True,
     keep_memory: bool = True,
     dynamic: bool | None = None,
+    weights: str = "auto",
+    state_dtype: torch.dtype | None = None,
 ) -> Model | tuple[Model, AnyOptimizer]:
     """Compile ``model`` in place, so that calling it trains fast on this CPU.
 
@@ -91,8 +98,10 @@ def optimize(
 
     Args:
         model: any module on the CPU with FP32 parameters.
-        optimizer: any optimizer of the model's parameters. PyTorch's own are switched to their fused
-            CPU kernel where they have one and the user chose none; others are left as they are.
+        optimizer: any optimizer of the model's parameters. ``Adam``, ``AdamW`` and ``SGD`` of PyTorch
+            become those of :mod:`optcpu.optim`, the same object with the same options and checkpoints;
+            those of :mod:`optcpu.optim` (``Lookahead`` around one as well) are taken as they are; others
+            keep their own update, and a warning says so.
         precision: ``"bf16"`` computes matrix products, convolutions and attention in BF16,
             ``"fp32"`` everything in FP32, ``"auto"`` is BF16 where the processor has it in hardware.
         passes: the rewrites to run, in order, in place of :func:`optcpu.default_passes`: passes, or
@@ -102,13 +111,21 @@ def optimize(
             step time; holds for the whole process.
         dynamic: as in :func:`torch.compile`: None compiles a size anew once when it changes and then for
             all sizes, True for all sizes from the start, False for each size.
+        weights: how the optimizer stores weights of two dimensions or more: ``"fp32"``; ``"split"`` is a
+            BF16 half to compute with and another half that makes it the exact FP32 weight, 4 bytes in
+            all; ``"bf16"`` is the BF16 half alone, rounded stochastically, 2 bytes. ``"auto"`` is
+            ``"split"`` in BF16, else ``"fp32"``. However they are stored, reading a weight, and
+            ``state_dict()``, gives FP32. Without an optimizer they stay FP32.
+        state_dtype: of the optimizer's state, ``torch.bfloat16`` or ``torch.float32``; None is the
+            former in BF16, else the latter.
 
     Returns:
         ``model`` itself, or ``(model, optimizer)`` if an optimizer was given.
 
     Raises:
         TypeError: ``model`` is no module, ``optimizer`` no optimizer, or an entry of ``passes`` no pass.
-        ValueError: a parameter is not on the CPU, not FP32, or not finite; ``precision`` is unknown.
+        ValueError: a parameter is not on the CPU, not FP32, or not finite; ``precision``, ``weights``
+            or ``state_dtype`` is unknown.
         OptcpuError: the model was optimized before with other settings.
     """
     _check_model(model)
@@ -116,6 +133,8 @@ def optimize(
         raise TypeError(f"optimizer must be a torch.optim.Optimizer, not {_typename(optimizer)}")
     resolved = resolve_precision(precision)
     pipeline = Pipeline.of(default_passes(resolved) if passes is None else passes)
+    storage = resolve_weights(weights, resolved)
+    state_dtype = resolve_state_dtype(state_dtype, resolved)
     settings = Settings(resolved, pipeline, fallback, dynamic)
     present = compiled_call(model)
     if present is not None and present.settings != settings:
@@ -135,14 +154,16 @@ def optimize(
         model._compiled_call_impl = CompiledCall(model, settings)
     if optimizer is None:
         return model
-    return model, use_fused_update(optimizer)
+    take_over(model, optimizer, storage, state_dtype)
+    return model, optimizer
 
 
 def restore(model: Model) -> Model:
     """Undo :func:`optimize`: ``model`` is called as it was before. Returns ``model``.
 
-    The allocator's policy stays, as it belongs to the process. A model that is not optimized is
-    returned as it is.
+    Its weights are plain FP32 tensors again, every bit of them kept; an optimizer that was taken over
+    goes on updating them. The allocator's policy stays, as it belongs to the process. A model that is
+    not optimized is returned as it is.
 
     Raises:
         TypeError: ``model`` is no module.
@@ -152,6 +173,7 @@ def restore(model: Model) -> Model:
     present = compiled_call(model)
     if present is not None:
         model._compiled_call_impl = present.replaced
+        restore_weights(model)
     return model
 
 

@@ -6,6 +6,7 @@ from passes.base import FunctionPass, Pass, PatternPass, Stage, as_pass, cache_k
 from passes.canonicalize import Canonicalize
 from passes.casts import CancelCasts, HoistDowncasts, ShareWeightCasts, SinkUpcasts
 from passes.convolution import SubsampleForWeightGradient
+from passes.halves import GradientsInBf16, ReadUpperHalves
 from passes.linear import FuseLinear, RouteProducts
 from passes.linear_backward import FuseLinearBackward
 from passes.lowering import lower
@@ -19,11 +20,13 @@ __all__ = [
     "FunctionPass",
     "FuseLinear",
     "FuseLinearBackward",
+    "GradientsInBf16",
     "HoistDowncasts",
     "InsertCasts",
     "MaxPoolInBf16",
     "Pass",
     "PatternPass",
+    "ReadUpperHalves",
     "RouteProducts",
     "SaveOutputsInBf16",
     "ShareWeightCasts",

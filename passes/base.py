@@ -37,6 +37,8 @@ class Pass(ABC):
 
     stage: ClassVar[Stage] = "joint"
     changes_numerics: ClassVar[bool] = False
+    # Whether it may return a gradient as BF16 that was FP32.
+    narrows_outputs: ClassVar[bool] = False
 
     @property
     def name(self) -> str:

@@ -16,9 +16,10 @@ ROOT = Path(__file__).parents[1]
 LAYERS: tuple[tuple[str, ...], ...] = (
     ("passes",),
     ("optcpu.errors", "optcpu.cpu", "optcpu.memory", "optcpu.random_state", "optcpu.models"),
+    ("optcpu.optim",),
     ("optcpu.record", "optcpu.recurrent", "optcpu.update", "optcpu.data", "optcpu.files"),
     ("optcpu.pipeline",),
-    ("optcpu.backend",),
+    ("optcpu.backend", "optcpu.takeover"),
     ("optcpu.optimize",),
     ("optcpu.measure", "optcpu.inspection"),
     ("optcpu.compare", "optcpu.inspect", "optcpu.workloads", "optcpu.doctor"),

@@ -1,0 +1,240 @@
+"""What all optimizers here share: how state is stored, saved and loaded, and one step over all groups."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor
+from torch.optim import Optimizer
+
+from optcpu.errors import OptcpuError
+from optcpu.optim.formats import Format, Stored, mixed
+from optcpu.optim.rules import Slot
+from optcpu.optim.weights import StoredWeight
+
+Group = dict[str, Any]
+State = dict[str, Any]
+
+_OWN_STATE = "optcpu"
+
+# Moments and slow weights must not be rounded by the same random bits as the weight.
+_MOMENT_BITS, _SLOW_BITS = 0x9E3779B9, 0x3C6EF372
+
+
+class StoredOptimizer(Optimizer):
+    """An optimizer whose state may be BF16 and whose update is one pass over memory.
+
+    A class puts it in front of the optimizer of PyTorch that it stands for, whose options, groups and
+    state it keeps: the same names, and FP32 values in ``state_dict()``, so that checkpoints go both
+    ways. ``state_dict()["optcpu"]`` holds, in addition, where the random numbers stand.
+
+    Attributes:
+        state_dtype: of the moments: ``torch.bfloat16`` or ``torch.float32``.
+        seed: where the random bits of stochastic rounding begin.
+        steps: how many steps have drawn random bits from there.
+    """
+
+    # Which moments there are, by their names in ``state``, with the format that each has in BF16.
+    moments: ClassVar[dict[str, Format]] = {}
+
+    takes_sparse_gradients: ClassVar[bool] = False
+
+    state_dtype: torch.dtype
+    seed: int
+    steps: int
+
+    # Lookahead's slow weights and alpha, in a step that synchronises them.
+    _slow_weights: Mapping[Tensor, Tensor] | None = None
+    _slow_step: float = 0.0
+
+    def keep_state_in(self, state_dtype: torch.dtype, seed: int) -> None:
+        """Store the moments as ``state_dtype`` from now on, those that are there included.
+
+        Raises:
+            ValueError: the dtype is neither BF16 nor FP32, or a parameter is none that can be updated.
+        """
+        if state_dtype not in (torch.bfloat16, torch.float32):
+            raise ValueError(
+                f"state_dtype must be torch.bfloat16 or torch.float32, not {state_dtype!r}"
+            )
+        if not isinstance(seed, int) or isinstance(seed, bool):
+            raise ValueError(f"seed must be an integer, not {seed!r}")
+        for group in self.param_groups:
+            _check_parameters(group["params"])
+        self.state_dtype, self.seed, self.steps = state_dtype, seed, 0
+        self._convert_state()
+
+    def add_param_group(self, param_group: Group) -> None:
+        """As in PyTorch.
+
+        Raises:
+            ValueError: a parameter is not FP32 or not on the CPU.
+        """
+        super().add_param_group(param_group)
+        try:
+            _check_parameters(self.param_groups[-1]["params"])
+        except ValueError:
+            self.param_groups.pop()
+            raise
+
+    @torch.no_grad()
+    def step(self, closure: Callable[[], Any] | None = None) -> Any:  # type: ignore[override]
+        """Update all parameters that have a gradient.
+
+        Args:
+            closure: computes the loss and its gradients anew; what it returns is returned.
+
+        Raises:
+            OptcpuError: a gradient is sparse.
+        """
+        loss = None
+        if closure is not None:
+            with torch.enable_grad():
+                loss = closure()
+        self.steps += 1
+        parameters = [(group, p) for group in self.param_groups for p in group["params"]]
+        slots = [
+            self.slot(group, parameter, mixed(self.seed, self.steps, place))
+            for place, (group, parameter) in enumerate(parameters)
+            if parameter.grad is not None
+        ]
+        self.update(slots)
+        return loss
+
+    def update(self, slots: list[Slot]) -> None:
+        """Run the rule on the parameters in ``slots``."""
+        raise NotImplementedError
+
+    def slot(self, group: Group, parameter: Tensor, seed: int) -> Slot:
+        """What the rule needs for ``parameter`` in the step that begins.
+
+        Args:
+            group: the parameter's.
+            parameter: one that has a gradient.
+            seed: of the random bits for this parameter in this step.
+        """
+        raise NotImplementedError
+
+    def new_slot(self, group: Group, parameter: Tensor, seed: int) -> Slot:
+        """A slot with the weight, the gradient and the moments that exist in every step."""
+        if isinstance(parameter, StoredWeight):
+            weight = parameter.stored(seed)
+        else:
+            weight = Stored(Format.FLOAT, parameter.detach(), seed=seed)
+        gradient = _gradient(parameter, weight.data, sparse_too=self.takes_sparse_gradients)
+        slot = Slot(weight, gradient, gradient_scale=-1.0 if group["maximize"] else 1.0)
+        if self._slow_weights is not None:
+            slot.slow = stored_slow(self._slow_weights[parameter], seed ^ _SLOW_BITS)
+            slot.slow_step = self._slow_step
+        return slot
+
+    def moment(self, slot: Slot, parameter: Tensor, name: str) -> Stored:
+        """The moment ``name`` of ``parameter``, zero at first."""
+        state, like = self.state[parameter], slot.weight.data
+        data: Tensor | None = state.get(name)
+        if data is None:
+            data = state[name] = torch.zeros_like(like, dtype=self.state_dtype)
+        elif data.stride() != like.stride():
+            data = state[name] = torch.empty_like(like, dtype=data.dtype).copy_(data)
+        if data.dtype == torch.float32:
+            return Stored(Format.FLOAT, data)
+        return Stored(self.moments[name], data, seed=slot.weight.seed ^ _MOMENT_BITS)
+
+    @contextmanager
+    def synchronising(self, slow: Mapping[Tensor, Tensor], alpha: float) -> Iterator[None]:
+        """Within the block a step ends as Lookahead's synchronisation does.
+
+        ``slow`` moves towards the new weights by ``alpha``, and the weights become ``slow``, for the
+        parameters that are updated.
+        """
+        self._slow_weights, self._slow_step = slow, alpha
+        try:
+            yield
+        finally:
+            self._slow_weights = None
+
+    def next_step(self, parameter: Tensor) -> int:
+        """Count a step of ``parameter``; the first is 1."""
+        state = self.state[parameter]
+        step: int = state.get("step", 0) + 1
+        state["step"] = step
+        return step
+
+    def _convert_state(self) -> None:
+        for state in self.state.values():
+            if "step" in state:
+                state["step"] = int(state["step"])
+            for name in self.moments:
+                if isinstance(state.get(name), Tensor):
+                    state[name] = state[name].to(self.state_dtype)
+
+    def state_dict(self) -> dict[str, Any]:
+        """As in PyTorch, with FP32 moments and an entry ``"optcpu"`` that PyTorch passes over."""
+        result = super().state_dict()
+        result["state"] = {
+            key: {name: _exported(entry) for name, entry in state.items()}
+            for key, state in result["state"].items()
+        }
+        result[_OWN_STATE] = {"seed": self.seed, "steps": self.steps}
+        return result
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """As in PyTorch; takes the checkpoints of the PyTorch optimizer, too."""
+        super().load_state_dict(state_dict)
+        own = state_dict.get(_OWN_STATE, {})
+        self.seed, self.steps = own.get("seed", self.seed), own.get("steps", self.steps)
+        self._convert_state()
+
+    def __getstate__(self) -> dict[str, Any]:
+        own = {name: getattr(self, name) for name in ("state_dtype", "seed", "steps")}
+        return {**super().__getstate__(), **own}
+
+
+def stored_slow(slow: Tensor, seed: int) -> Stored:
+    """Slow weights as update rules take them."""
+    format = Format.FLOAT if slow.dtype == torch.float32 else Format.STOCHASTIC
+    return Stored(format, slow, seed=seed)
+
+
+def fits(parameter: Tensor) -> bool:
+    """Whether an optimizer here can update ``parameter``."""
+    return parameter.device.type == "cpu" and parameter.dtype == torch.float32
+
+
+def _check_parameters(parameters: Iterable[Tensor]) -> None:
+    for parameter in parameters:
+        if not fits(parameter):
+            raise ValueError(
+                f"a parameter of shape {tuple(parameter.shape)} is {parameter.dtype} on "
+                f"{parameter.device}; this optimizer updates FP32 parameters on the CPU: call "
+                "model.float().cpu() first"
+            )
+
+
+def _gradient(parameter: Tensor, like: Tensor, *, sparse_too: bool) -> Stored:
+    """The gradient of ``parameter``, in the memory order of ``like``."""
+    gradient = parameter.grad
+    assert gradient is not None
+    if gradient.is_sparse and sparse_too:
+        gradient = gradient.to_dense()
+    if gradient.layout != torch.strided:
+        raise OptcpuError(
+            f"the gradient of a parameter of shape {tuple(parameter.shape)} is {gradient.layout}, "
+            "and only dense gradients can be used: make its layer with sparse=False, or give its "
+            "parameters to torch.optim.SparseAdam"
+        )
+    if gradient.dtype not in (torch.float32, torch.bfloat16):
+        gradient = gradient.float()
+    if gradient.stride() != like.stride():
+        gradient = torch.empty_like(like, dtype=gradient.dtype).copy_(gradient)
+    return Stored(Format.FLOAT if gradient.dtype == torch.float32 else Format.NEAREST, gradient)
+
+
+def _exported(entry: Any) -> Any:
+    """An entry of ``state`` as PyTorch's optimizers hold it, who count steps in tensors."""
+    if isinstance(entry, int):
+        return torch.tensor(float(entry))
+    return entry.float() if isinstance(entry, Tensor) and entry.dtype == torch.bfloat16 else entry

@@ -1,0 +1,136 @@
+"""LAMB: Adam with a learning rate for each layer, for large batches."""
+
+from __future__ import annotations
+
+import math
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor
+from torch.optim.optimizer import ParamsT
+
+from optcpu.optim import native
+from optcpu.optim.base import Group, StoredOptimizer
+from optcpu.optim.formats import Format
+from optcpu.optim.rules import Slot
+
+
+class Lamb(StoredOptimizer):
+    """Layer-wise adaptive moments (LAMB), You et al. 2019, arXiv 1904.00962, algorithm 2.
+
+    A parameter moves by ``lr * ratio * update``, where ``update`` is Adam's step (with
+    ``weight_decay`` times the parameter added to it, which is decoupled from the moments) and ``ratio``
+    the norm of the parameter over that of the update: one where either is zero.
+
+    Args:
+        params: parameters or parameter groups; every option but ``state_dtype``, ``seed`` and
+            ``max_grad_norm`` may differ between groups.
+        lr: the learning rate.
+        betas: decay of the first and the second moment a step.
+        eps: added to the square root of the second moment.
+        weight_decay: of the parameters.
+        bias_correction: whether the moments are corrected for beginning at zero.
+        trust_clip: the largest ratio; None for no limit.
+        exclude_1d: parameters of at most one dimension (biases, the weights of norms) are neither
+            decayed nor scaled by a ratio.
+        max_grad_norm: the gradients of all parameters together are scaled down to this norm where
+            theirs is larger; None leaves them as they are.
+        maximize: whether to go up instead of down.
+        state_dtype: of the moments. In BF16 the first one is rounded to nearest and the second one
+            stochastically.
+        seed: of the random bits of stochastic rounding.
+
+    Raises:
+        ValueError: an option is out of its range, or a parameter is not FP32 on the CPU.
+    """
+
+    moments: ClassVar[dict[str, Format]] = {
+        "exp_avg": Format.NEAREST,
+        "exp_avg_sq": Format.STOCHASTIC,
+    }
+
+    def __init__(
+        self,
+        params: ParamsT,
+        lr: float | Tensor = 1e-3,
+        betas: tuple[float, float] = (0.9, 0.999),
+        eps: float = 1e-6,
+        weight_decay: float = 0.01,
+        *,
+        bias_correction: bool = True,
+        trust_clip: float | None = None,
+        exclude_1d: bool = True,
+        max_grad_norm: float | None = None,
+        maximize: bool = False,
+        state_dtype: torch.dtype = torch.bfloat16,
+        seed: int = 0,
+    ) -> None:
+        if max_grad_norm is not None and not max_grad_norm > 0:
+            raise ValueError(f"max_grad_norm must be above 0, or None, not {max_grad_norm!r}")
+        self.max_grad_norm = max_grad_norm
+        defaults = {
+            "lr": lr,
+            "betas": betas,
+            "eps": eps,
+            "weight_decay": weight_decay,
+            "bias_correction": bias_correction,
+            "trust_clip": trust_clip,
+            "exclude_1d": exclude_1d,
+            "maximize": maximize,
+        }
+        super().__init__(params, defaults)
+        self.keep_state_in(state_dtype, seed)
+
+    def add_param_group(self, param_group: Group) -> None:
+        super().add_param_group(param_group)
+        try:
+            _check_options(self.param_groups[-1])
+        except ValueError:
+            self.param_groups.pop()
+            raise
+
+    def slot(self, group: Group, parameter: Tensor, seed: int) -> Slot:
+        slot = self.new_slot(group, parameter, seed)
+        slot.first = self.moment(slot, parameter, "exp_avg")
+        slot.second = self.moment(slot, parameter, "exp_avg_sq")
+        step = self.next_step(parameter)
+        slot.beta1, slot.beta2 = map(float, group["betas"])
+        slot.epsilon = group["eps"]
+        slot.step_size = slot.root_scale = 1.0
+        if group["bias_correction"]:
+            slot.step_size = 1 / (1 - slot.beta1**step)
+            slot.root_scale = 1 / math.sqrt(1 - slot.beta2**step)
+        if group["exclude_1d"] and parameter.dim() <= 1:
+            slot.decay, slot.ratio_limit = 0.0, -1.0
+        else:
+            limit = group["trust_clip"]
+            slot.decay = group["weight_decay"]
+            slot.ratio_limit = math.inf if limit is None else limit
+        slot.lr = float(group["lr"])
+        return slot
+
+    def update(self, slots: list[Slot]) -> None:
+        if self.max_grad_norm is not None:
+            norm = math.sqrt(native.gradient_squares(slots))
+            for slot in slots:
+                slot.gradient_scale *= min(1.0, self.max_grad_norm / norm) if norm else 1.0
+        native.lamb(slots)
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**super().__getstate__(), "max_grad_norm": self.max_grad_norm}
+
+
+def _check_options(group: Group) -> None:
+    expected = {
+        "lr": (group["lr"] >= 0, "at least 0"),
+        "betas": (all(0 <= beta < 1 for beta in group["betas"]), "two numbers from 0 to below 1"),
+        "eps": (group["eps"] >= 0, "at least 0"),
+        "weight_decay": (group["weight_decay"] >= 0, "at least 0"),
+        "trust_clip": (
+            group["trust_clip"] is None or group["trust_clip"] > 0,
+            "above 0, or None for no limit",
+        ),
+    }
+    for name, (holds, description) in expected.items():
+        if not holds:
+            raise ValueError(f"{name} must be {description}, not {group[name]!r}")

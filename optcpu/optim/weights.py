@@ -1,0 +1,265 @@
+"""Parameters whose storage is BF16 inside and FP32 to everyone who looks.
+
+``StoredWeight`` is a tensor of dtype FP32 that holds BF16 upper halves, to compute with, and
+(``Format.SPLIT``) the lower halves that make them the exact FP32 master weight, or
+(``Format.STOCHASTIC``) nothing else: the numbers are then BF16, and updates round them stochastically.
+Whatever reads it gets FP32 numbers, whatever writes to it (``copy_``, an initialiser, an update made by
+hand) stores FP32 numbers. Compiled graphs see the halves, so that products read the upper one.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils._pytree import tree_any, tree_map_only
+
+from optcpu.optim.formats import Format, Stored, split
+from passes.halves import joined
+
+aten = torch.ops.aten
+
+# Operators that put numbers in another place or shape, and so can take each half by itself.
+_MOVES = (
+    aten.alias.default,
+    aten.detach.default,
+    aten.expand.default,
+    aten.permute.default,
+    aten.select.int,
+    aten.slice.Tensor,
+    aten.squeeze.dim,
+    aten.t.default,
+    aten.transpose.int,
+    aten.unsqueeze.default,
+    aten.view.default,
+)
+# Those of which nothing else of the tensor is needed: (operator, position of the tensor).
+_LOOKUPS = {aten.embedding.default: 0, aten.index_select.default: 0}
+
+
+class StoredWeight(Tensor):
+    """An FP32 tensor that is stored as BF16, with or without the lower halves.
+
+    Args:
+        high: BF16.
+        low: int16 of the same shape and strides, or None.
+    """
+
+    high: Tensor
+    low: Tensor | None
+
+    @staticmethod
+    def __new__(cls, high: Tensor, low: Tensor | None) -> StoredWeight:
+        made: StoredWeight = torch.Tensor._make_wrapper_subclass(  # type: ignore[attr-defined]
+            cls, high.shape, strides=high.stride(), dtype=torch.float32, device=high.device
+        )
+        return made
+
+    def __init__(self, high: Tensor, low: Tensor | None) -> None:
+        self.high, self.low = high, low
+
+    @classmethod
+    def of(cls, numbers: Tensor, format: Format) -> StoredWeight:
+        """FP32 ``numbers``, stored in ``format``: ``SPLIT`` keeps every bit, ``STOCHASTIC`` rounds."""
+        if format == Format.SPLIT:
+            return cls(*split(numbers))
+        return cls(numbers.bfloat16(), None)
+
+    def full(self) -> Tensor:
+        """The numbers as a plain FP32 tensor, a new one."""
+        return self.high.float() if self.low is None else joined(self.high, self.low)
+
+    def stored(self, seed: int = 0) -> Stored:
+        """The halves as update rules take them."""
+        format = Format.STOCHASTIC if self.low is None else Format.SPLIT
+        return Stored(format, self.high, self.low, seed)
+
+    def each_half(self, function: Callable[[Tensor], Tensor]) -> StoredWeight:
+        """``function`` of both halves."""
+        return StoredWeight(function(self.high), None if self.low is None else function(self.low))
+
+    def __tensor_flatten__(self) -> tuple[list[str], None]:
+        return (["high"] if self.low is None else ["high", "low"]), None
+
+    @staticmethod
+    def __tensor_unflatten__(
+        inner: dict[str, Tensor], meta: None, size: Sequence[int], stride: Sequence[int]
+    ) -> StoredWeight:
+        return StoredWeight(inner["high"], inner.get("low"))
+
+    def _stable_hash_for_caching(self) -> str:
+        return "split" if self.low is not None else "bf16"
+
+    __torch_function__ = torch._C._disabled_torch_function_impl  # type: ignore[assignment]
+
+    @classmethod
+    def __torch_dispatch__(  # type: ignore[override]
+        cls, function: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
+    ) -> Any:
+        kwargs = kwargs or {}
+        first = args[0] if args else None
+        if function in _MOVES and isinstance(first, cls):
+            return first.each_half(lambda half: function(half, *args[1:], **kwargs))
+        if function in _LOOKUPS and isinstance(first, cls) and not _among(args[1:], cls):
+            return first.each_half(lambda half: function(half, *args[1:], **kwargs)).full()
+        written = _written(function, args, kwargs)
+        plain_args, plain_kwargs, copies = _in_full(args, kwargs)
+        result = function(*plain_args, **plain_kwargs)
+        for weight in written:
+            weight.assign(copies[id(weight)])
+        if isinstance(result, Tensor) and len(written) == 1 and result is copies[id(written[0])]:
+            return written[0]
+        return result
+
+    def assign(self, numbers: Tensor) -> None:
+        """Store FP32 ``numbers`` of this shape; without lower halves they are rounded to nearest."""
+        if self.low is None:
+            self.high.copy_(numbers)
+        else:
+            self.stored().write(numbers)
+
+    def numpy(self, *, force: bool = False) -> Any:
+        """A copy of the numbers as an array; see :meth:`torch.Tensor.numpy`."""
+        if self.requires_grad and not force:
+            raise RuntimeError(
+                "Can't call numpy() on Tensor that requires grad. Use tensor.detach().numpy() instead."
+            )
+        return self.full().numpy()
+
+    def tolist(self) -> Any:
+        """See :meth:`torch.Tensor.tolist`."""
+        return self.full().tolist()
+
+    def __repr__(self, *, tensor_contents: Any = None) -> str:  # type: ignore[override]
+        return repr(_plain(self))
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Tensor:
+        """A plain FP32 tensor or parameter: a copy is not what the optimizer updates."""
+        if id(self) not in memo:
+            memo[id(self)] = _plain(self)
+        copy: Tensor = memo[id(self)]
+        return copy
+
+    def __reduce_ex__(self, protocol: Any) -> Any:
+        return _plain(self).__reduce_ex__(protocol)
+
+
+def store_weights(
+    module: nn.Module, parameters: Iterable[nn.Parameter], format: Format
+) -> list[str]:
+    """Store weights of ``module`` in ``format``, in place.
+
+    Weights of two dimensions or more change; the others are small and stay plain. The ``Parameter``
+    objects remain the same, so that whoever holds them, an optimizer say, sees the change.
+    ``state_dict()`` of the module and of those within it gives plain FP32 tensors.
+
+    Args:
+        module: whose parameters may change.
+        parameters: those that somebody updates who knows how, and that may change therefore.
+        format: ``SPLIT`` or ``STOCHASTIC``.
+
+    Returns:
+        The names of weights that had to stay plain, since something else refers to their memory.
+    """
+    known = {id(parameter) for parameter in parameters}
+    left: list[str] = []
+    done: set[int] = set()
+    for prefix, owner in module.named_modules():
+        for name, parameter in owner.named_parameters(recurse=False, remove_duplicate=False):
+            if id(parameter) not in known or parameter.dim() < 2 or not parameter.numel():
+                continue
+            if id(parameter) not in done and not isinstance(parameter, StoredWeight):
+                done.add(id(parameter))
+                if not _store(parameter, format):
+                    left.append(f"{prefix}.{name}".lstrip("."))
+            if (
+                isinstance(parameter, StoredWeight)
+                and _export not in owner._state_dict_hooks.values()
+            ):
+                owner._register_state_dict_hook(_export)
+    return left
+
+
+def restore_weights(module: nn.Module) -> None:
+    """Undo :func:`store_weights`: the parameters are plain FP32 again, bit for bit."""
+    for owner in module.modules():
+        for parameter in owner.parameters(recurse=False):
+            if isinstance(parameter, StoredWeight):
+                gradient = parameter.grad
+                parameter.grad = None
+                _swap(parameter, _plain(parameter))
+                parameter.grad = None if gradient is None else gradient.float()
+        for key, hook in list(owner._state_dict_hooks.items()):
+            if hook is _export:
+                del owner._state_dict_hooks[key]
+
+
+def _store(parameter: nn.Parameter, format: Format) -> bool:
+    """Change one parameter; whether that was possible."""
+    gradient, parameter.grad = parameter.grad, None
+    stored = nn.Parameter(StoredWeight.of(parameter.detach(), format), parameter.requires_grad)
+    if hasattr(stored, "grad_dtype"):
+        stored.grad_dtype = None  # gradients come in FP32 or BF16
+    try:
+        _swap(parameter, stored)
+    except RuntimeError:
+        return False
+    finally:
+        parameter.grad = gradient
+    return True
+
+
+def _swap(parameter: Tensor, other: Tensor) -> None:
+    """Exchange what two tensors are, but not who they are.
+
+    As :func:`torch.utils.swap_tensors`, which refuses where somebody holds a weak reference; compiled
+    code does, and looks at the tensor's type before it goes on.
+    """
+    parameter.__class__, other.__class__ = other.__class__, parameter.__class__
+    parameter.__dict__, other.__dict__ = other.__dict__, parameter.__dict__
+    torch._C._swap_tensor_impl(parameter, other)  # type: ignore[attr-defined]
+
+
+def _plain(tensor: StoredWeight) -> Tensor:
+    """A plain FP32 copy: a parameter of a parameter, a tensor of a tensor."""
+    if isinstance(tensor, nn.Parameter):
+        return nn.Parameter(tensor.full(), tensor.requires_grad)
+    return tensor.full()
+
+
+def _export(module: nn.Module, state_dict: dict[str, Any], prefix: str, metadata: Any) -> None:
+    """Put plain tensors for stored weights into a ``state_dict()``."""
+    for name in module._parameters:
+        entry = state_dict.get(prefix + name)
+        if isinstance(entry, StoredWeight) and not isinstance(entry, nn.Parameter):
+            state_dict[prefix + name] = entry.full()
+
+
+def _written(function: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> list[StoredWeight]:
+    """The stored weights that ``function`` changes."""
+    arguments = list(zip(function._schema.arguments, args, strict=False))
+    arguments += [(a, kwargs[a.name]) for a in function._schema.arguments if a.name in kwargs]
+    found: list[StoredWeight] = []
+    for argument, given in arguments:
+        if argument.alias_info is not None and argument.alias_info.is_write:
+            tree_map_only(StoredWeight, found.append, given)
+    return found
+
+
+def _among(arguments: Any, kind: type) -> bool:
+    return tree_any(lambda leaf: isinstance(leaf, kind), arguments)
+
+
+def _in_full(
+    args: tuple[Any, ...], kwargs: dict[str, Any]
+) -> tuple[tuple[Any, ...], dict[str, Any], dict[int, Tensor]]:
+    """The arguments with plain tensors in place of stored weights, and which stands for which."""
+    copies: dict[int, Tensor] = {}
+
+    def full(weight: StoredWeight) -> Tensor:
+        return copies.setdefault(id(weight), weight.full())
+
+    plain_args, plain_kwargs = tree_map_only(StoredWeight, full, (args, kwargs))
+    return plain_args, plain_kwargs, copies

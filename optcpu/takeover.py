@@ -1,0 +1,78 @@
+"""Taking over a user's optimizer: its update, its state, and how the weights are stored."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+import torch
+from torch import nn
+from torch.optim import Optimizer
+
+from optcpu.errors import warn
+from optcpu.optim.base import StoredOptimizer
+from optcpu.optim.convert import convert
+from optcpu.optim.formats import Format
+from optcpu.optim.lookahead import Lookahead
+from optcpu.optim.weights import store_weights
+from optcpu.pipeline import Precision
+from optcpu.update import use_fused_update
+
+Weights = Literal["fp32", "split", "bf16"]
+
+_FORMATS = {"split": Format.SPLIT, "bf16": Format.STOCHASTIC}
+
+
+def resolve_weights(weights: str, precision: Precision) -> Weights:
+    """How weights are stored: ``"auto"`` splits them where products are computed in BF16.
+
+    Raises:
+        ValueError: ``weights`` is none of ``"auto"``, ``"fp32"``, ``"split"`` and ``"bf16"``.
+    """
+    if weights == "auto":
+        return "split" if precision == "bf16" else "fp32"
+    if weights in ("fp32", "split", "bf16"):
+        return weights  # type: ignore[return-value]
+    raise ValueError(f"weights must be 'auto', 'fp32', 'split' or 'bf16', not {weights!r}")
+
+
+def resolve_state_dtype(state_dtype: torch.dtype | None, precision: Precision) -> torch.dtype:
+    """The dtype of an optimizer's state: None is BF16 where products are computed in BF16.
+
+    Raises:
+        ValueError: ``state_dtype`` is none of ``torch.bfloat16``, ``torch.float32`` and None.
+    """
+    if state_dtype is None:
+        return torch.bfloat16 if precision == "bf16" else torch.float32
+    if state_dtype in (torch.bfloat16, torch.float32):
+        return state_dtype
+    raise ValueError(
+        f"state_dtype must be torch.bfloat16, torch.float32 or None, not {state_dtype!r}"
+    )
+
+
+def take_over(
+    model: nn.Module, optimizer: Optimizer, weights: Weights, state_dtype: torch.dtype
+) -> None:
+    """Let ``optimizer`` update ``model`` with optcpu's storage and kernel, in place.
+
+    An optimizer that optcpu has no update for keeps its own, and the user is told.
+    """
+    inner = optimizer.optimizer if isinstance(optimizer, Lookahead) else optimizer
+    if not isinstance(inner, StoredOptimizer):
+        reason = convert(inner, state_dtype)
+        if reason is not None:
+            use_fused_update(inner)
+            warn(
+                f"{type(inner).__name__} keeps its own update and FP32 state, and the weights stay "
+                f"FP32: {reason}"
+            )
+            return
+    if weights == "fp32":
+        return
+    updated = [p for group in inner.param_groups for p in group["params"]]
+    left = store_weights(model, updated, _FORMATS[weights])
+    if left:
+        warn(
+            f"{len(left)} weights stay FP32 ({left[0]} is the first), since something else refers "
+            "to their memory: call optcpu.optimize before the model is run or wrapped"
+        )
