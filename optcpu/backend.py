@@ -64,16 +64,17 @@ class Backend:
         if self.record.keep_graphs:
             self.record.captured.append(copy.deepcopy(module.graph))
         eager = fx.GraphModule(module, copy.deepcopy(module.graph))
-        # Served from its cache, a graph would pass by the passes and leave nothing to look at.
-        cached = self.codegen and not self.record.keep_graphs
-        patches: dict[str, Any] = {"joint_custom_pre_pass": _JointPasses(self, region)}
-        if not cached:
-            patches["fx_graph_cache"] = False
+        key = self.cache_key()
+        patches: dict[str, Any] = {"joint_custom_pre_pass": _JointPasses(self, region, key)}
         if inductor_config.post_grad_custom_post_pass is None:
-            patches["post_grad_custom_post_pass"] = _CacheKey(self.pipeline.cache_key())
+            patches["post_grad_custom_post_pass"] = _CacheKey(key)
+        # A buffer that the backward may overwrite would forbid backward(retain_graph=True).
+        tracing: dict[str, Any] = {"donated_buffer": False}
+        if key is None:
+            patches["fx_graph_cache"] = False
+            tracing["enable_autograd_cache"] = False
         try:
-            # A buffer that the backward may overwrite would forbid backward(retain_graph=True).
-            with functorch_config.patch(enable_autograd_cache=cached, donated_buffer=False):
+            with functorch_config.patch(tracing):
                 compiled: Any = compile_fx(
                     module,
                     example_inputs,
@@ -90,6 +91,16 @@ class Backend:
             return compiled(*inputs)
 
         return run
+
+    def cache_key(self) -> str | None:
+        """What the passes add to the key of every cache; None if nothing may come from one.
+
+        Served from a cache, a graph would pass by the passes and leave nothing to look at. None holds
+        where an environment variable forces the caches on, too.
+        """
+        if self.record.keep_graphs or not self.codegen:
+            return None
+        return self.pipeline.cache_key()
 
     def run_passes(self, module: fx.GraphModule, stage: passes.Stage, graph_run: GraphRun) -> None:
         """Run the passes of one stage over ``module`` and enter them into the record."""
@@ -137,9 +148,10 @@ _RAN = "optcpu_joint_passes_ran"
 class _JointPasses(CustomGraphPass):  # type: ignore[misc]
     """The joint passes as Inductor wants them: one callable with a cache key."""
 
-    def __init__(self, backend: Backend, region: int) -> None:
+    def __init__(self, backend: Backend, region: int, key: str | None) -> None:
         self._backend = backend
         self._region = region
+        self._key = key
 
     def __call__(self, graph: fx.Graph) -> None:
         module = graph.owning_module
@@ -149,8 +161,8 @@ class _JointPasses(CustomGraphPass):  # type: ignore[misc]
         module.meta[_RAN] = True
         self._backend.run_passes(module, "joint", GraphRun(self._region, "joint"))
 
-    def uuid(self) -> str:
-        return self._backend.pipeline.cache_key()
+    def uuid(self) -> str | None:
+        return self._key
 
 
 class _CacheKey(CustomGraphPass):  # type: ignore[misc]
@@ -159,13 +171,13 @@ class _CacheKey(CustomGraphPass):  # type: ignore[misc]
     PyTorch 2.8 leaves the passes on the joint graph out of it.
     """
 
-    def __init__(self, key: str) -> None:
+    def __init__(self, key: str | None) -> None:
         self._key = key
 
     def __call__(self, graph: fx.Graph) -> None:
         """Leave the graph as it is."""
 
-    def uuid(self) -> str:
+    def uuid(self) -> str | None:
         return self._key
 
 

@@ -78,7 +78,8 @@ class Record:
         keep_graphs: whether copies of the graphs are kept for reading (:func:`optcpu.inspect` does).
         captured: the graphs as Dynamo captured them, one for each region; empty unless graphs are kept.
         graphs: one entry for each graph that passes ran over. A graph served from the compilation cache
-            of an earlier process passed through them there and has no entry here.
+            passed through them when it was stored and has no entry here, unless graphs are kept: then
+            everything is compiled afresh.
         fallbacks: the parts that run eagerly, each told once.
     """
 

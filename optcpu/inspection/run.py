@@ -15,6 +15,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch._dynamo import config as dynamo_config
 from torch.utils._pytree import tree_map
 
 from optcpu.backend import Backend, remedy_for
@@ -26,6 +27,8 @@ from optcpu.random_state import random_state_kept
 from optcpu.record import Fallback, Record
 from optcpu.recurrent import needs_autocast, under_autocast
 
+_CAN_ISOLATE = "isolate_recompiles" in signatures.signature(torch.compile).parameters
+_NO_LIMIT = 2**31 - 1
 _SHAPE_ERRORS = "torch._subclasses.fake_tensor"
 
 Loss = Callable[[Any], Tensor]
@@ -105,7 +108,7 @@ def _run(
             "graph runs under BF16 autocast."
         )
     log = BreakLog()
-    with log.listening(), _hushed(_SHAPE_ERRORS), warnings.catch_warnings():
+    with log.listening(), _hushed(_SHAPE_ERRORS), _as_if_first(), warnings.catch_warnings():
         warnings.simplefilter("ignore", FallbackWarning)
         output = _forward(observation, call, compiled)
         _backward(observation, output, loss)
@@ -253,8 +256,19 @@ def _isolated() -> dict[str, Any]:
     Without (torch 2.8), code between graph breaks is compiled into the same cache as that of other
     models of the class, and comes nearer to the recompilation limit.
     """
-    known = signatures.signature(torch.compile).parameters
-    return {"isolate_recompiles": True} if "isolate_recompiles" in known else {}
+    return {"isolate_recompiles": True} if _CAN_ISOLATE else {}
+
+
+def _as_if_first() -> contextlib.AbstractContextManager[None]:
+    """Let earlier inspections not use up the recompilation limit of this one (torch 2.8).
+
+    Behind that limit Dynamo leaves code alone, and there would be nothing to show.
+    """
+    if _CAN_ISOLATE:
+        return contextlib.nullcontext()
+    return dynamo_config.patch(  # type: ignore[no-any-return]
+        recompile_limit=_NO_LIMIT, accumulated_recompile_limit=_NO_LIMIT
+    )
 
 
 def _described(call: _Call) -> str:

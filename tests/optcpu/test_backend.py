@@ -13,7 +13,9 @@ import torch
 from torch import Tensor, nn
 
 import optcpu
-from optcpu.backend import remedy_for
+from optcpu.backend import Backend, remedy_for
+from optcpu.pipeline import Pipeline, default_passes
+from optcpu.record import Record
 
 TRAIN = """
 import json, sys, warnings, torch, optcpu
@@ -81,6 +83,15 @@ def test_a_read_only_cache_is_told(tmp_path: Path) -> None:
     told = train(tmp_path)["told"]
     assert isinstance(told, list)
     assert any("TORCHINDUCTOR_CACHE_DIR" in message for message in told)
+
+
+@pytest.mark.parametrize("keep_graphs", [False, True])
+@pytest.mark.parametrize("codegen", [False, True])
+def test_what_is_looked_at_comes_from_no_cache(keep_graphs: bool, codegen: bool) -> None:
+    pipeline = Pipeline.of(default_passes("fp32"))
+    backend = Backend(pipeline, record=Record(keep_graphs=keep_graphs), codegen=codegen)
+    expected = None if keep_graphs or not codegen else pipeline.cache_key()
+    assert backend.cache_key() == expected
 
 
 def test_the_name_of_the_backend() -> None:
