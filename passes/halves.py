@@ -102,9 +102,12 @@ class GradientsInBf16(Pass):
 
     def __call__(self, graph: fx.Graph) -> int:
         output = graph.output_node()
+        descriptions = output.meta.get("desc")
+        if descriptions is None:
+            return 0
         stored = _stored_as_bf16(graph)
         results: list[Any] = list(output.args[0])  # type: ignore[arg-type]
-        whose = [getattr(d, "grad_of", None) for d in output.meta.get("desc") or ()]
+        whose = [getattr(description, "grad_of", None) for description in descriptions]
         fired = 0
         for place, weight in enumerate(whose):
             if weight in stored and dtype(results[place]) == torch.float32:

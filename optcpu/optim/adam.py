@@ -33,11 +33,12 @@ class _AdamUpdate(StoredOptimizer):
             slot.maximum = self.moment(slot, parameter, "max_exp_avg_sq")
         lr, decay = float(group["lr"]), float(group["weight_decay"])
         if group["decoupled_weight_decay"]:
-            slot.decay = 1 - lr * decay
+            slot.shrink = 1 - lr * decay
         else:
             slot.coupled_decay = decay
         step = self.next_step(parameter)
         slot.beta1, slot.beta2 = map(float, group["betas"])
+        slot.rest1, slot.rest2 = 1 - slot.beta1, 1 - slot.beta2
         slot.epsilon = group["eps"]
         slot.step_size = lr / (1 - slot.beta1**step)
         slot.root_scale = 1 / math.sqrt(1 - slot.beta2**step)

@@ -65,6 +65,7 @@ class StoredOptimizer(Optimizer):
         for group in self.param_groups:
             _check_parameters(group["params"])
         self.state_dtype, self.seed, self.steps = state_dtype, seed, 0
+        self._count_steps_in_integers()
         self._convert_state()
 
     def add_param_group(self, param_group: Group) -> None:
@@ -163,10 +164,14 @@ class StoredOptimizer(Optimizer):
         state["step"] = step
         return step
 
-    def _convert_state(self) -> None:
+    def _count_steps_in_integers(self) -> None:
+        """PyTorch's optimizers count in tensors, which takes longer than a small update."""
         for state in self.state.values():
             if "step" in state:
                 state["step"] = int(state["step"])
+
+    def _convert_state(self) -> None:
+        for state in self.state.values():
             for name in self.moments:
                 if isinstance(state.get(name), Tensor):
                     state[name] = state[name].to(self.state_dtype)
@@ -187,6 +192,10 @@ class StoredOptimizer(Optimizer):
         own = state_dict.get(_OWN_STATE, {})
         self.seed, self.steps = own.get("seed", self.seed), own.get("steps", self.steps)
         self._convert_state()
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__(state)
+        self._count_steps_in_integers()
 
     def __getstate__(self) -> dict[str, Any]:
         own = {name: getattr(self, name) for name in ("state_dtype", "seed", "steps")}

@@ -18,9 +18,9 @@ from optcpu.optim.rules import Slot
 class Lamb(StoredOptimizer):
     """Layer-wise adaptive moments (LAMB), You et al. 2019, arXiv 1904.00962, algorithm 2.
 
-    A parameter moves by ``lr * ratio * update``, where ``update`` is Adam's step (with
-    ``weight_decay`` times the parameter added to it, which is decoupled from the moments) and ``ratio``
-    the norm of the parameter over that of the update: one where either is zero.
+    A parameter moves by ``lr * ratio * update``, where ``update`` is Adam's step, with ``weight_decay``
+    times the parameter added to it behind the moments, and ``ratio`` the norm of the parameter over
+    that of the update: one where either is zero.
 
     Args:
         params: parameters or parameter groups; every option but ``state_dtype``, ``seed`` and
@@ -33,6 +33,8 @@ class Lamb(StoredOptimizer):
         trust_clip: the largest ratio; None for no limit.
         exclude_1d: parameters of at most one dimension (biases, the weights of norms) are neither
             decayed nor scaled by a ratio.
+        decoupled_decay: decay parameters by ``lr * weight_decay`` first, as AdamW does, in place of
+            adding ``weight_decay`` times the parameter to what the ratio scales.
         max_grad_norm: the gradients of all parameters together are scaled down to this norm where
             theirs is larger; None leaves them as they are.
         maximize: whether to go up instead of down.
@@ -60,6 +62,7 @@ class Lamb(StoredOptimizer):
         bias_correction: bool = True,
         trust_clip: float | None = None,
         exclude_1d: bool = True,
+        decoupled_decay: bool = False,
         max_grad_norm: float | None = None,
         maximize: bool = False,
         state_dtype: torch.dtype = torch.bfloat16,
@@ -76,6 +79,7 @@ class Lamb(StoredOptimizer):
             "bias_correction": bias_correction,
             "trust_clip": trust_clip,
             "exclude_1d": exclude_1d,
+            "decoupled_decay": decoupled_decay,
             "maximize": maximize,
         }
         super().__init__(params, defaults)
@@ -95,18 +99,21 @@ class Lamb(StoredOptimizer):
         slot.second = self.moment(slot, parameter, "exp_avg_sq")
         step = self.next_step(parameter)
         slot.beta1, slot.beta2 = map(float, group["betas"])
+        slot.rest1, slot.rest2 = 1 - slot.beta1, 1 - slot.beta2
         slot.epsilon = group["eps"]
         slot.step_size = slot.root_scale = 1.0
         if group["bias_correction"]:
             slot.step_size = 1 / (1 - slot.beta1**step)
             slot.root_scale = 1 / math.sqrt(1 - slot.beta2**step)
-        if group["exclude_1d"] and parameter.dim() <= 1:
-            slot.decay, slot.ratio_limit = 0.0, -1.0
-        else:
-            limit = group["trust_clip"]
-            slot.decay = group["weight_decay"]
-            slot.ratio_limit = math.inf if limit is None else limit
         slot.lr = float(group["lr"])
+        if group["exclude_1d"] and parameter.dim() <= 1:
+            return slot
+        limit, decay = group["trust_clip"], group["weight_decay"]
+        slot.ratio_limit = math.inf if limit is None else limit
+        if group["decoupled_decay"]:
+            slot.shrink = 1 - slot.lr * decay
+        else:
+            slot.update_decay = decay
         return slot
 
     def update(self, slots: list[Slot]) -> None:

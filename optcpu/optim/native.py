@@ -97,9 +97,12 @@ _TENSORS = ("weight", "gradient", "first", "second", "maximum", "slow")
 _CONSTANTS = (
     "gradient_scale",
     "coupled_decay",
-    "decay",
+    "shrink",
+    "update_decay",
     "beta1",
     "beta2",
+    "rest1",
+    "rest2",
     "epsilon",
     "lr",
     "step_size",

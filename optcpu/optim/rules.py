@@ -28,8 +28,10 @@ class Slot:
         slow: Lookahead's slow weights, in the step that synchronises them.
         gradient_scale: what gradients are multiplied by: for clipping; negative to maximise.
         coupled_decay: times the weight, added to the gradient (L2 regularisation).
-        decay: Adam: what weights are multiplied by; LAMB: times the weight, in the update.
-        beta1, beta2: of the moments; SGD: momentum and 1 - dampening.
+        shrink: what weights are multiplied by first (decoupled decay); not by SGD.
+        update_decay: LAMB: times the weight, added to the update.
+        beta1, beta2: of the moments; SGD: ``beta1`` is the momentum.
+        rest1, rest2: 1 - beta1 and 1 - beta2; SGD: ``rest1`` is 1 - dampening.
         epsilon: added to the denominator.
         lr: LAMB: the learning rate.
         step_size: the learning rate (LAMB: 1), divided by the first bias correction.
@@ -47,9 +49,12 @@ class Slot:
     slow: Stored | None = None
     gradient_scale: float = 1.0
     coupled_decay: float = 0.0
-    decay: float = 1.0
+    shrink: float = 1.0
+    update_decay: float = 0.0
     beta1: float = 0.0
     beta2: float = 0.0
+    rest1: float = 1.0
+    rest2: float = 1.0
     epsilon: float = 0.0
     lr: float = 0.0
     step_size: float = 0.0
@@ -67,7 +72,7 @@ def adam(slot: Slot) -> None:
         second = torch.maximum(slot.maximum.read(), second)
         slot.maximum.write(second)
     denominator = second.sqrt() * slot.root_scale + slot.epsilon
-    _store_weight(slot, weight * slot.decay - slot.step_size * first / denominator)
+    _store_weight(slot, weight * slot.shrink - slot.step_size * first / denominator)
 
 
 def sgd(slot: Slot) -> None:
@@ -75,7 +80,7 @@ def sgd(slot: Slot) -> None:
     weight = slot.weight.read()
     direction = gradient = _scaled_gradient(slot, weight)
     if slot.first is not None:
-        direction = slot.beta1 * slot.first.read() + slot.beta2 * gradient
+        direction = slot.beta1 * slot.first.read() + slot.rest1 * gradient
         slot.first.write(direction)
         if slot.nesterov:
             direction = gradient + slot.beta1 * direction
@@ -86,16 +91,17 @@ def lamb(slot: Slot) -> None:
     """LAMB (arXiv 1904.00962, algorithm 2)."""
     weight = slot.weight.read()
     _updated_moments(slot, _scaled_gradient(slot, weight))
+    weight = weight * slot.shrink
     assert slot.first is not None
     assert slot.second is not None
     first, second = slot.first.read(), slot.second.read()  # as they were rounded
     denominator = second.sqrt() * slot.root_scale + slot.epsilon
-    update = slot.step_size * first / denominator + slot.decay * weight
+    update = slot.step_size * first / denominator + slot.update_decay * weight
     ratio = 1.0
     if slot.ratio_limit >= 0:
         norms = math.sqrt(sum_of_squares(weight)), math.sqrt(sum_of_squares(update))
-        ratio = norms[0] / norms[1] if min(norms) > 0 else 1.0
-        ratio = min(ratio, slot.ratio_limit)
+        if min(norms) > 0:
+            ratio = min(norms[0] / norms[1], slot.ratio_limit)
     _store_weight(slot, weight - slot.lr * ratio * update)
 
 
@@ -118,8 +124,8 @@ def _updated_moments(slot: Slot, gradient: Tensor) -> tuple[Tensor, Tensor]:
     assert slot.first is not None
     assert slot.second is not None
     first, second = slot.first.read(), slot.second.read()
-    first = first + (gradient - first) * (1 - slot.beta1)
-    second = second * slot.beta2 + gradient * gradient * (1 - slot.beta2)
+    first = first + (gradient - first) * slot.rest1
+    second = second * slot.beta2 + gradient * gradient * slot.rest2
     slot.first.write(first)
     slot.second.write(second)
     return first, second

@@ -55,7 +55,7 @@ class SGD(StoredOptimizer, torch.optim.SGD):
             slot.first = self.moment(slot, parameter, "momentum_buffer")
             slot.beta1 = group["momentum"]
             # The first gradient is the momentum, undampened.
-            slot.beta2 = 1.0 if is_first else 1 - group["dampening"]
+            slot.rest1 = 1.0 if is_first else 1 - group["dampening"]
         return slot
 
     def update(self, slots: list[Slot]) -> None:

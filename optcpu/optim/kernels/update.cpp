@@ -27,8 +27,10 @@ struct Parameter {
   int64_t size;
   float gradient_scale;  // for clipping; negative to maximise
   float coupled_decay;   // times the weight, added to the gradient
-  float decay;           // Adam: what weights are multiplied by; LAMB: times the weight, in the update
-  float beta1, beta2;    // SGD: momentum and 1 - dampening
+  float shrink;          // what weights are multiplied by first (decoupled decay)
+  float update_decay;    // LAMB: times the weight, added to the update
+  float beta1, beta2;    // SGD: beta1 is the momentum
+  float rest1, rest2;    // 1 - beta1 and 1 - beta2 without FP32's rounding; SGD: rest1 is 1 - dampening
   float epsilon;
   float lr;              // LAMB: the learning rate
   float step_size;       // the learning rate (LAMB: 1), by the first bias correction
@@ -141,11 +143,11 @@ void store_weight(const Parameter& p, int64_t start, Block& b) {
 
 void update_moments(const Parameter& p, int64_t start, Block& b) {
   load_moments(p, start, b);
-  const float beta1 = p.beta1, beta2 = p.beta2;
+  const float rest1 = p.rest1, beta2 = p.beta2, rest2 = p.rest2;
   for (int64_t i = 0; i < b.size; i++) {
     const float g = b.gradient[i];
-    b.first[i] += (g - b.first[i]) * (1 - beta1);
-    b.second[i] = b.second[i] * beta2 + g * g * (1 - beta2);
+    b.first[i] += (g - b.first[i]) * rest1;
+    b.second[i] = b.second[i] * beta2 + g * g * rest2;
   }
   encode(p.first, start, b.size, b.first);
   encode(p.second, start, b.size, b.second);
@@ -163,7 +165,7 @@ void adam_block(const Parameter& p, int64_t start, Block& b) {
     encode(p.maximum, start, b.size, maximum);
   }
   for (int64_t i = 0; i < b.size; i++)
-    b.weight[i] = b.weight[i] * p.decay -
+    b.weight[i] = b.weight[i] * p.shrink -
                   p.step_size * b.first[i] / (std::sqrt(b.second[i]) * p.root_scale + p.epsilon);
   store_weight(p, start, b);
 }
@@ -175,7 +177,7 @@ void sgd_block(const Parameter& p, int64_t start, Block& b) {
   if (p.first.data) {
     decode(p.first, start, b.size, b.first);
     for (int64_t i = 0; i < b.size; i++)
-      b.first[i] = p.beta1 * b.first[i] + p.beta2 * b.gradient[i];
+      b.first[i] = p.beta1 * b.first[i] + p.rest1 * b.gradient[i];
     encode(p.first, start, b.size, b.first);
     if (p.nesterov)
       for (int64_t i = 0; i < b.size; i++) b.gradient[i] += p.beta1 * b.first[i];
@@ -186,11 +188,12 @@ void sgd_block(const Parameter& p, int64_t start, Block& b) {
   store_weight(p, start, b);
 }
 
-// The update before it is scaled, in place of the gradient.
+// The update before it is scaled, in place of the gradient. Shrinks the weight.
 void lamb_update(const Parameter& p, Block& b) {
+  for (int64_t i = 0; i < b.size; i++) b.weight[i] *= p.shrink;
   for (int64_t i = 0; i < b.size; i++)
     b.gradient[i] = p.step_size * b.first[i] / (std::sqrt(b.second[i]) * p.root_scale + p.epsilon) +
-                    p.decay * b.weight[i];
+                    p.update_decay * b.weight[i];
 }
 
 double sum_of_squares(const float* x, int64_t n) {
@@ -271,9 +274,9 @@ extern "C" void lamb(const Parameter* parameters, int64_t count) {
   std::vector<float> scale(count);
   for (int64_t t = 0; t < count; t++) {
     const double weight = std::sqrt(squares[2 * t]), update = std::sqrt(squares[2 * t + 1]);
-    const double ratio = weight > 0 && update > 0 ? weight / update : 1;
     const double limit = parameters[t].ratio_limit;
-    scale[t] = float(parameters[t].lr * (limit < 0 ? 1 : std::min(ratio, limit)));
+    const bool adapts = limit >= 0 && weight > 0 && update > 0;
+    scale[t] = float(parameters[t].lr * (adapts ? std::min(weight / update, limit) : 1));
   }
   for_each_block(parameters, count, [&](const Parameter& p, int64_t, int64_t start, Block& block) {
     decode(p.weight, start, block.size, block.weight);

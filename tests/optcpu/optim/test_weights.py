@@ -1,0 +1,224 @@
+"""Stored weights are FP32 to everyone who looks, and BF16 inside."""
+
+from __future__ import annotations
+
+import copy
+import io
+import pickle
+from collections.abc import Callable
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from optcpu.optim.formats import Format
+from optcpu.optim.weights import StoredWeight, restore_weights, store_weights
+
+BOTH = pytest.mark.parametrize("format", [Format.SPLIT, Format.STOCHASTIC])
+
+
+class Tied(nn.Module):
+    """An embedding whose weight is the last layer's, too."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.embedding = nn.Embedding(30, 16)
+        self.norm = nn.LayerNorm(16)
+        self.body = nn.Sequential(nn.Linear(16, 24), nn.GELU(), nn.Linear(24, 16))
+        self.head = nn.Linear(16, 30, bias=False)
+        self.head.weight = self.embedding.weight
+
+    def forward(self, tokens: Tensor) -> Tensor:
+        result: Tensor = self.head(self.body(self.norm(self.embedding(tokens))))
+        return result
+
+
+@pytest.fixture
+def model() -> Tied:
+    torch.manual_seed(0)
+    return Tied()
+
+
+def test_split_weights_keep_every_bit_and_their_identity(model: Tied) -> None:
+    parameters = list(model.parameters())
+    before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    assert store_weights(model, parameters, Format.SPLIT) == []
+    assert all(a is b for a, b in zip(parameters, model.parameters(), strict=True))
+    kinds = {name: isinstance(p, StoredWeight) for name, p in model.named_parameters()}
+    assert kinds == {name: p.dim() >= 2 for name, p in model.named_parameters()}
+    after = model.state_dict()
+    assert list(after) == list(before)
+    for name, tensor in after.items():
+        assert type(tensor) is Tensor
+        assert tensor.dtype == torch.float32
+        assert torch.equal(tensor, before[name])
+
+
+def test_bf16_weights_take_two_bytes(model: Tied) -> None:
+    before = model.head.weight.detach().clone()
+    store_weights(model, model.parameters(), Format.STOCHASTIC)
+    weight = model.head.weight
+    assert isinstance(weight, StoredWeight)
+    assert weight.low is None
+    assert weight.high.element_size() == 2
+    assert torch.equal(weight.detach().clone(), before.bfloat16().float())
+
+
+@BOTH
+def test_restoring_gives_plain_parameters(model: Tied, format: Format) -> None:
+    store_weights(model, model.parameters(), format)
+    stored = model.state_dict()
+    parameters = list(model.parameters())
+    model(torch.arange(8)).sum().backward()
+    restore_weights(model)
+    for parameter, same in zip(model.parameters(), parameters, strict=True):
+        assert parameter is same
+        assert type(parameter) is nn.Parameter
+        assert parameter.grad is not None
+        assert parameter.grad.dtype == torch.float32
+    assert model.head.weight is model.embedding.weight
+    assert all(torch.equal(stored[name], tensor) for name, tensor in model.state_dict().items())
+    assert not any(module._state_dict_hooks for module in model.modules())
+
+
+def test_parameters_of_others_stay(model: Tied) -> None:
+    store_weights(model, model.body.parameters(), Format.SPLIT)
+    assert type(model.head.weight) is nn.Parameter
+    assert isinstance(model.body[0].weight, StoredWeight)
+
+
+def test_eager_gradients_are_those_of_the_plain_model(model: Tied) -> None:
+    plain = copy.deepcopy(model)
+    store_weights(model, model.parameters(), Format.SPLIT)
+    tokens = torch.randint(30, (4, 7))
+    for module in (model, plain):
+        F.cross_entropy(module(tokens).flatten(0, 1), tokens.flatten()).backward()
+    for one, other in zip(model.parameters(), plain.parameters(), strict=True):
+        torch.testing.assert_close(one.grad, other.grad)
+
+
+OPERATIONS: dict[str, Callable[[Tensor], object]] = {
+    "norm": lambda w: w.norm(),
+    "item": lambda w: w.sum().item(),
+    "comparison": lambda w: w > 0,
+    "indexing": lambda w: w[1],
+    "slice": lambda w: w[:2, 1:3],
+    "mask": lambda w: w[w > 0],
+    "transposed": lambda w: w.t() @ w,
+    "flat": lambda w: w.flatten(),
+    "reshaped": lambda w: w.reshape(-1, 2),
+    "lists": lambda w: torch._foreach_norm([w, w])[1],
+    "stacked": lambda w: torch.stack([w, w]),
+    "clone": lambda w: w.clone(),
+    "cast": lambda w: w.double(),
+    "numpy": lambda w: torch.from_numpy(w.numpy()),
+    "tolist": lambda w: torch.tensor(w.tolist()),
+    "repr": lambda w: repr(w),
+    "einsum": lambda w: torch.einsum("ij,kj->ik", w, w),
+    "zeros": lambda w: torch.zeros_like(w),
+    "lookup": lambda w: F.embedding(torch.tensor([1, 1, 0]), w),
+}
+
+
+@pytest.mark.parametrize("name", OPERATIONS)
+@BOTH
+def test_reading(name: str, format: Format) -> None:
+    torch.manual_seed(0)
+    numbers = torch.randn(4, 6)
+    if format == Format.STOCHASTIC:
+        numbers = numbers.bfloat16().float()
+    result, expected = OPERATIONS[name](StoredWeight.of(numbers, format)), OPERATIONS[name](numbers)
+    if isinstance(expected, Tensor):
+        assert isinstance(result, Tensor)
+        assert result.dtype == expected.dtype
+        torch.testing.assert_close(result.clone(), expected, rtol=1e-6, atol=1e-6)
+    else:
+        assert (
+            result == pytest.approx(expected) if isinstance(expected, float) else result == expected
+        )
+
+
+WRITES: dict[str, Callable[[Tensor], object]] = {
+    "copy_": lambda w: w.copy_(torch.arange(24.0).view(4, 6)),
+    "mul_": lambda w: w.mul_(0.3),
+    "add_": lambda w: w.add_(torch.ones(6), alpha=0.1),
+    "initialiser": lambda w: nn.init.constant_(w, 0.7),
+    "row": lambda w: w[1].zero_(),
+    "column": lambda w: w[:, 2].fill_(3.3),
+    "assignment": lambda w: w.__setitem__((slice(None), 0), 1.1),
+    "transposed": lambda w: w.t().mul_(2),
+    "list": lambda w: torch._foreach_mul_([w], 0.1),
+    "self": lambda w: w.add_(w),
+    "clamp": lambda w: w.clamp_(min=0.0),
+}
+
+
+@pytest.mark.parametrize("name", WRITES)
+def test_writing(name: str) -> None:
+    torch.manual_seed(0)
+    numbers = torch.randn(4, 6)
+    weight = StoredWeight.of(numbers, Format.SPLIT)
+    WRITES[name](weight)
+    WRITES[name](numbers)
+    assert torch.equal(weight.clone(), numbers)
+
+
+def test_writing_gives_the_weight_itself_back() -> None:
+    weight = StoredWeight.of(torch.ones(2, 2), Format.SPLIT)
+    assert weight.mul_(2) is weight
+
+
+@BOTH
+def test_copies_and_pickles_are_plain(model: Tied, format: Format) -> None:
+    store_weights(model, model.parameters(), format)
+    for other in (copy.deepcopy(model), pickle.loads(pickle.dumps(model))):
+        assert all(type(p) is nn.Parameter for p in other.parameters())
+        assert other.head.weight is other.embedding.weight
+        for name, tensor in other.state_dict().items():
+            assert torch.equal(tensor, model.state_dict()[name])
+
+
+@BOTH
+def test_checkpoints_are_plain_pytorchs(model: Tied, format: Format) -> None:
+    plain = copy.deepcopy(model)
+    store_weights(model, model.parameters(), format)
+    file = io.BytesIO()
+    torch.save(model.state_dict(), file)
+    file.seek(0)
+    plain.load_state_dict(torch.load(file, weights_only=True))
+    with torch.no_grad():
+        plain.body[0].weight.mul_(3)
+    model.load_state_dict(plain.state_dict())
+    assert isinstance(model.body[0].weight, StoredWeight)
+    tolerance = {"rtol": 0, "atol": 0} if format == Format.SPLIT else {"rtol": 2**-8, "atol": 0}
+    torch.testing.assert_close(model.state_dict(), plain.state_dict(), **tolerance)
+    # A part of the model gives plain tensors, too.
+    assert all(type(tensor) is Tensor for tensor in model.body.state_dict().values())
+
+
+def test_averages_of_the_weights_are_plain(model: Tied) -> None:
+    store_weights(model, model.parameters(), Format.SPLIT)
+    average = torch.optim.swa_utils.AveragedModel(model)
+    average.update_parameters(model)
+    assert all(type(p) is nn.Parameter for p in average.parameters())
+
+
+@pytest.mark.skipif(not hasattr(Tensor, "grad_dtype"), reason="PyTorch has FP32 gradients only")
+def test_gradients_may_be_bf16_or_fp32() -> None:
+    layer = nn.Linear(4, 4, bias=False)
+    store_weights(layer, layer.parameters(), Format.SPLIT)
+    for dtype in (torch.bfloat16, torch.float32):
+        layer.weight.grad = torch.ones(4, 4, dtype=dtype)
+        assert layer.weight.grad.dtype == dtype
+
+
+def test_channels_last_weights_stay_so() -> None:
+    layer = nn.Conv2d(8, 16, 3).to(memory_format=torch.channels_last)
+    strides = layer.weight.stride()
+    plain = copy.deepcopy(layer)
+    store_weights(layer, layer.parameters(), Format.SPLIT)
+    assert layer.weight.stride() == strides
+    x = torch.randn(2, 8, 9, 9)
+    torch.testing.assert_close(layer(x), plain(x))
+    assert layer.state_dict()["weight"].stride() == strides

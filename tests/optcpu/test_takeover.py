@@ -1,0 +1,241 @@
+"""``optimize(model, optimizer)``: the same objects, the same training, less memory."""
+
+from __future__ import annotations
+
+import copy
+import warnings
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+import optcpu
+from optcpu.optim import SGD, AdamW, Lamb, Lookahead
+from optcpu.optim.base import StoredOptimizer
+from optcpu.optim.weights import StoredWeight
+
+pytestmark = pytest.mark.filterwarnings("ignore:this processor has no BF16")
+
+
+def network() -> nn.Sequential:
+    torch.manual_seed(0)
+    return nn.Sequential(
+        nn.Linear(20, 48), nn.ReLU(), nn.Linear(48, 48), nn.GELU(), nn.Linear(48, 4)
+    )
+
+
+def batches(count: int) -> list[tuple[Tensor, Tensor]]:
+    generator = torch.Generator().manual_seed(1)
+    teacher = torch.randn(20, 4, generator=generator)
+    xs = torch.randn(count, 64, 20, generator=generator)
+    return [(x, (x @ teacher).argmax(1)) for x in xs]
+
+
+def train(
+    model: nn.Module, optimizer: torch.optim.Optimizer, steps: list[tuple[Tensor, Tensor]]
+) -> list[float]:
+    losses = []
+    for x, y in steps:
+        optimizer.zero_grad()
+        loss = F.cross_entropy(model(x), y)
+        loss.backward()
+        optimizer.step()
+        losses.append(loss.item())
+    return losses
+
+
+def stored(model: nn.Module) -> list[str]:
+    return [name for name, p in model.named_parameters() if isinstance(p, StoredWeight)]
+
+
+def test_fp32_training_is_that_of_pytorch() -> None:
+    model, twin = network(), network()
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2)
+    reference = torch.optim.AdamW(twin.parameters(), lr=1e-2)
+    result = optcpu.optimize(model, optimizer, precision="fp32")
+    assert result == (model, optimizer)
+    assert isinstance(optimizer, AdamW)
+    assert optimizer.state_dtype == torch.float32
+    assert stored(model) == []
+    ours, theirs = train(model, optimizer, batches(15)), train(twin, reference, batches(15))
+    assert ours == pytest.approx(theirs, rel=1e-3)
+
+
+@pytest.mark.parametrize("weights", ["auto", "split", "bf16", "fp32"])
+def test_bf16_training_learns_as_well(weights: str) -> None:
+    model, twin = network(), network()
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2)
+    reference = torch.optim.AdamW(twin.parameters(), lr=1e-2)
+    optcpu.optimize(model, optimizer, precision="bf16", weights=weights)
+    assert isinstance(optimizer, StoredOptimizer)
+    assert optimizer.state_dtype == torch.bfloat16
+    assert stored(model) == ([] if weights == "fp32" else ["0.weight", "2.weight", "4.weight"])
+    ours, theirs = train(model, optimizer, batches(60)), train(twin, reference, batches(60))
+    assert theirs[-1] < 0.5 * theirs[0]
+    assert sum(ours[-10:]) == pytest.approx(sum(theirs[-10:]), rel=0.15)
+
+
+def test_the_numbers_that_are_kept_a_parameter() -> None:
+    model = nn.Linear(100, 100, bias=False)
+    optimizer = torch.optim.AdamW(model.parameters())
+    optcpu.optimize(model, optimizer, precision="bf16")
+    model(torch.randn(8, 100)).sum().backward()
+    optimizer.step()
+    weight = model.weight
+    assert isinstance(weight, StoredWeight)
+    assert weight.low is not None
+    gradient = weight.grad
+    assert gradient is not None
+    kept = [weight.high, weight.low, gradient, *optimizer.state[weight].values()]
+    sizes = [t.element_size() for t in kept if isinstance(t, Tensor)]
+    assert sum(sizes) == (10 if hasattr(Tensor, "grad_dtype") else 12)
+
+
+def test_calling_it_twice_changes_nothing() -> None:
+    model = network()
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    optcpu.optimize(model, optimizer, precision="bf16")
+    before = [id(p) for p in model.parameters()], optimizer.state_dtype  # type: ignore[attr-defined]
+    optcpu.optimize(model, optimizer, precision="bf16")
+    assert isinstance(optimizer, SGD)
+    assert ([id(p) for p in model.parameters()], optimizer.state_dtype) == before
+
+
+def test_the_optimizer_may_come_later() -> None:
+    model = network()
+    optcpu.optimize(model, precision="bf16")
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2)
+    first = train(model, optimizer, batches(5))
+    optcpu.optimize(model, optimizer, precision="bf16")
+    assert stored(model)
+    second = train(model, optimizer, batches(5))
+    assert second[0] < first[0]
+
+
+def test_restore_keeps_training_going() -> None:
+    model = network()
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2)
+    optcpu.optimize(model, optimizer, precision="bf16")
+    train(model, optimizer, batches(3))
+    weights = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    optcpu.restore(model)
+    assert stored(model) == []
+    assert all(torch.equal(weights[name], t) for name, t in model.state_dict().items())
+    train(model, optimizer, batches(3))
+    assert not torch.equal(weights["0.weight"], model[0].weight)
+
+
+def test_a_run_goes_on_in_plain_pytorch_and_back() -> None:
+    model, twin = network(), network()
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2)
+    optcpu.optimize(model, optimizer, precision="bf16")
+    train(model, optimizer, batches(5))
+    plain = torch.optim.AdamW(twin.parameters(), lr=1e-2)
+    twin.load_state_dict(model.state_dict())
+    plain.load_state_dict(optimizer.state_dict())
+    train(twin, plain, batches(5))
+    model.load_state_dict(twin.state_dict())
+    optimizer.load_state_dict(plain.state_dict())
+    for name, tensor in model.state_dict().items():
+        assert torch.equal(tensor, twin.state_dict()[name])
+    assert optimizer.state_dtype == torch.bfloat16  # type: ignore[attr-defined]
+    train(model, optimizer, batches(2))
+
+
+@pytest.mark.parametrize("weights", ["split", "bf16"])
+def test_a_resumed_run_is_bit_exact(weights: str) -> None:
+    def start() -> tuple[nn.Module, torch.optim.Optimizer]:
+        model = network()
+        return optcpu.optimize(
+            model, AdamW(model.parameters(), lr=1e-2), precision="bf16", weights=weights
+        )
+
+    model, optimizer = start()
+    train(model, optimizer, batches(8))
+    half, half_optimizer = start()
+    train(half, half_optimizer, batches(8)[:4])
+    saved = copy.deepcopy((half.state_dict(), half_optimizer.state_dict()))
+    resumed, resumed_optimizer = start()
+    resumed.load_state_dict(saved[0])
+    resumed_optimizer.load_state_dict(saved[1])
+    train(resumed, resumed_optimizer, batches(8)[4:])
+    for name, tensor in resumed.state_dict().items():
+        assert torch.equal(tensor, model.state_dict()[name]), name
+
+
+def test_lookahead_around_pytorchs_optimizer() -> None:
+    model = network()
+    optimizer = Lookahead(torch.optim.AdamW(model.parameters(), lr=1e-2), k=3)
+    optcpu.optimize(model, optimizer, precision="bf16")
+    assert isinstance(optimizer.optimizer, AdamW)
+    assert stored(model)
+    losses = train(model, optimizer, batches(60))
+    assert losses[-1] < 0.7 * losses[0]
+    with optimizer.slow_weights():
+        model(batches(1)[0][0])
+
+
+def test_own_optimizers_keep_their_state() -> None:
+    model = network()
+    optimizer = Lamb(model.parameters(), state_dtype=torch.float32)
+    optcpu.optimize(model, optimizer, precision="bf16")
+    assert optimizer.state_dtype == torch.float32
+    assert stored(model)
+
+
+def test_unknown_optimizers_are_told_and_left() -> None:
+    model = network()
+    optimizer = torch.optim.Adagrad(model.parameters(), lr=1e-2)
+    with pytest.warns(UserWarning, match="Adagrad keeps its own update") as told:
+        optcpu.optimize(model, optimizer, precision="bf16")
+    assert told[-1].filename == __file__
+    assert type(optimizer) is torch.optim.Adagrad
+    assert stored(model) == []
+    losses = train(model, optimizer, batches(20))
+    assert losses[-1] < losses[0]
+
+
+def test_parameters_that_it_does_not_update_stay_plain() -> None:
+    model = network()
+    optimizer = torch.optim.AdamW(model[2].parameters())
+    optcpu.optimize(model, optimizer, precision="bf16")
+    assert stored(model) == ["2.weight"]
+
+
+def test_gradient_clipping_and_accumulation() -> None:
+    model = network()
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2)
+    optcpu.optimize(model, optimizer, precision="bf16")
+    first = last = 0.0
+    for step in range(15):
+        optimizer.zero_grad()
+        for x, y in batches(2):
+            loss = F.cross_entropy(model(x), y) / 2
+            loss.backward()
+        norm = nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        assert norm.isfinite()
+        optimizer.step()
+        first, last = (loss.item() if step == 0 else first), loss.item()
+    assert last < first
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"weights": "int8"}, "weights must be 'auto', 'fp32', 'split' or 'bf16', not 'int8'"),
+        (
+            {"state_dtype": torch.float16},
+            "state_dtype must be torch.bfloat16, torch.float32 or None",
+        ),
+    ],
+)
+def test_bad_options_change_nothing(options: dict[str, object], message: str) -> None:
+    model = network()
+    optimizer = torch.optim.AdamW(model.parameters())
+    with pytest.raises(ValueError, match=message):
+        optcpu.optimize(model, optimizer, **options)  # type: ignore[call-overload]
+    assert type(optimizer) is torch.optim.AdamW
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        optcpu.restore(model)
