@@ -12,6 +12,7 @@ from optcpu.errors import CompileError, FallbackWarning, OptcpuError, WorkerErro
 if TYPE_CHECKING:
     from optcpu.compare import Comparison, compare
     from optcpu.inspect import Inspection, inspect
+    from optcpu.layers import FusedLinearReLU
     from optcpu.optim import Lamb, Lookahead
     from optcpu.optimize import optimize, restore
     from optcpu.pipeline import default_passes
@@ -22,6 +23,7 @@ __all__ = [
     "Comparison",
     "CompileError",
     "FallbackWarning",
+    "FusedLinearReLU",
     "Inspection",
     "Lamb",
     "Lookahead",
@@ -37,6 +39,7 @@ __all__ = [
 _HOME = {
     "Comparison": "optcpu.compare",
     "Inspection": "optcpu.inspect",
+    "FusedLinearReLU": "optcpu.layers",
     "Lamb": "optcpu.optim",
     "Lookahead": "optcpu.optim",
     "compare": "optcpu.compare",

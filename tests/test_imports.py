@@ -16,8 +16,8 @@ ROOT = Path(__file__).parents[1]
 LAYERS: tuple[tuple[str, ...], ...] = (
     ("passes",),
     ("optcpu.errors", "optcpu.cpu", "optcpu.memory", "optcpu.random_state", "optcpu.models"),
-    ("optcpu.optim",),
-    ("optcpu.record", "optcpu.recurrent", "optcpu.update", "optcpu.data", "optcpu.files"),
+    ("optcpu.files", "optcpu.layers", "optcpu.tables", "optcpu.optim"),
+    ("optcpu.record", "optcpu.recurrent", "optcpu.update", "optcpu.data"),
     ("optcpu.pipeline",),
     ("optcpu.backend", "optcpu.takeover"),
     ("optcpu.optimize",),
