@@ -9,6 +9,7 @@ from __future__ import annotations
 import argparse
 import importlib.metadata
 import importlib.util
+import io
 import json
 import os
 import re
@@ -47,6 +48,10 @@ def main(argv: Sequence[str] | None = None) -> int:
         Exit status: 0 if all went well; 1 if ``doctor`` found what makes optcpu unusable, or if
         optcpu failed in ``compare``; 2 for wrong input; 130 if interrupted.
     """
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            # Where the output has no UTF-8, a sign that it lacks becomes "?".
+            stream.reconfigure(errors="replace")
     parser = _parser()
     arguments = parser.parse_args(argv)
     if arguments.run is None:

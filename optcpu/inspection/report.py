@@ -2,18 +2,16 @@
 
 from __future__ import annotations
 
-import io
-import shutil
 from collections import Counter
 from collections.abc import Iterable, Mapping
 from typing import TYPE_CHECKING
 
-from rich import box
-from rich.console import Console, Group, RenderableType
+from rich.console import Group, RenderableType
 from rich.padding import Padding
 from rich.table import Table
 from rich.text import Text
 
+from optcpu import tables
 from optcpu.inspection.model import CAST, GraphBreak
 from optcpu.inspection.summary import GRAPHS, PassTotal
 from optcpu.record import Fallback
@@ -21,7 +19,6 @@ from optcpu.record import Fallback
 if TYPE_CHECKING:
     from optcpu.inspection.result import Inspection
 
-_TEXT_WIDTH = 100  # where the output has no width of its own
 _MOST_OPERATORS = 8
 _MOST_CHANGES = 3
 _SHORT = {"joint": "joint", "forward": "fwd", "backward": "bwd", "inference": "infer"}
@@ -29,11 +26,7 @@ _SHORT = {"joint": "joint", "forward": "fwd", "backward": "bwd", "inference": "i
 
 def to_text(inspection: Inspection, width: int | None = None) -> str:
     """The report as plain text, ``width`` columns wide (default: the terminal's)."""
-    columns = width or shutil.get_terminal_size((_TEXT_WIDTH, 24)).columns
-    console = Console(file=io.StringIO(), width=columns, color_system=None)
-    console.print(render(inspection))
-    assert isinstance(console.file, io.StringIO)
-    return "\n".join(line.rstrip() for line in console.file.getvalue().splitlines())
+    return tables.to_text(render(inspection), width)
 
 
 def render(inspection: Inspection) -> RenderableType:
@@ -66,14 +59,10 @@ def _title(inspection: Inspection) -> Text:
     )
 
 
-def _table() -> Table:
-    return Table(box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0), pad_edge=False, show_edge=False)
-
-
 def _pass_table(inspection: Inspection) -> RenderableType:
     totals = inspection.totals()
     kinds = [kind for kind in GRAPHS if any(kind in total.fired for total in totals)]
-    table = _table()
+    table = tables.plain_table()
     table.add_column("pass", no_wrap=True)
     for kind in kinds:
         table.add_column(_SHORT[kind], justify="right", no_wrap=True)
@@ -89,7 +78,7 @@ def _pass_table(inspection: Inspection) -> RenderableType:
             Text("; ".join(total.errors), "red") if total.errors else _changes(total),
             style="red" if total.errors else "" if total.total else "dim",
         )
-    return Padding(table, (1, 0))
+    return Padding(tables.FirstThatFits(table), (1, 0))
 
 
 def _fired(total: PassTotal, kind: str) -> str:

@@ -2,20 +2,18 @@
 
 from __future__ import annotations
 
-import io
 import math
-import shutil
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
-from rich import box
-from rich.console import Console, ConsoleOptions, Group, RenderableType, RenderResult
-from rich.measure import Measurement
+from rich.console import Group, RenderableType
 from rich.padding import Padding
 from rich.table import Table
 from rich.text import Text
 
+from optcpu import tables
 from optcpu.measure.variants import REFERENCE
+from optcpu.tables import FirstThatFits, sentence
 
 if TYPE_CHECKING:
     from optcpu.measure.result import Comparison, Row
@@ -27,16 +25,11 @@ _NOTABLE_COMPILE = 1.25
 _NOTABLE_COMPILE_S = 2.0
 _NOTABLE_ERROR = 1.05
 _NONE = "-"
-_TEXT_WIDTH = 100  # where the output has no width of its own
 
 
 def to_text(comparison: Comparison, width: int | None = None) -> str:
     """The report as plain text, ``width`` columns wide (default: the terminal's)."""
-    columns = width or shutil.get_terminal_size((_TEXT_WIDTH, 24)).columns
-    console = Console(file=io.StringIO(), width=columns, color_system=None)
-    console.print(render(comparison))
-    assert isinstance(console.file, io.StringIO)
-    return "\n".join(line.rstrip() for line in console.file.getvalue().splitlines())
+    return tables.to_text(render(comparison), width)
 
 
 def render(comparison: Comparison) -> RenderableType:
@@ -51,9 +44,9 @@ def render(comparison: Comparison) -> RenderableType:
     parts: list[RenderableType] = [
         title,
         "",
-        _FirstThatFits(_speed_table(comparison), _speed_table(comparison, ranges=False)),
+        FirstThatFits(_speed_table(comparison), _speed_table(comparison, ranges=False)),
         "",
-        _FirstThatFits(
+        FirstThatFits(
             _numbers_table(comparison),
             Group(_numbers_table(comparison, names=False), *_worst_gradients(comparison)),
         ),
@@ -61,35 +54,15 @@ def render(comparison: Comparison) -> RenderableType:
     ]
     for row in comparison.rows:
         if row.failed is not None:
-            parts.append(_sentence(f"{row.variant} failed: {_one_line(row.failed)}", "red"))
-        parts += [_sentence(f"{row.variant}: {note}", "yellow") for note in row.notes]
-    parts += [_sentence(note, "dim") for note in comparison.notes]
-    parts += [_sentence(sentence, "bold") for sentence in comparison.verdict]
+            parts.append(sentence(f"{row.variant} failed: {_one_line(row.failed)}", "red"))
+        parts += [sentence(f"{row.variant}: {note}", "yellow") for note in row.notes]
+    parts += [sentence(note, "dim") for note in comparison.notes]
+    parts += [sentence(told, "bold") for told in comparison.verdict]
     return Group(*parts)
 
 
-class _FirstThatFits:
-    """The wide renderable where there is room for it, the narrow one elsewhere."""
-
-    def __init__(self, wide: RenderableType, narrow: RenderableType) -> None:
-        self._wide = wide
-        self._narrow = narrow
-
-    def __rich_console__(self, console: Console, options: ConsoleOptions) -> RenderResult:
-        natural = Measurement.get(console, options.update(width=10_000), self._wide).maximum
-        yield self._wide if natural <= options.max_width else self._narrow
-
-
-def _sentence(text: str, style: str) -> Padding:
-    return Padding(Text(text, style), (0, 0, 0, 1))
-
-
-def _table() -> Table:
-    return Table(box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0), pad_edge=False, show_edge=False)
-
-
 def _speed_table(comparison: Comparison, ranges: bool = True) -> Table:
-    table = _table()
+    table = tables.plain_table()
     table.add_column("variant", no_wrap=True)
     table.add_column("ms/step", justify="right", no_wrap=True)
     if ranges:
@@ -123,7 +96,7 @@ def _speed_table(comparison: Comparison, ranges: bool = True) -> Table:
 
 
 def _numbers_table(comparison: Comparison, names: bool = True) -> Table:
-    table = _table()
+    table = tables.plain_table()
     table.add_column("variant", no_wrap=True)
     for heading in ("output\nerror", "loss\nerror", "gradient\nerror"):
         table.add_column(heading, justify="right", no_wrap=True)
@@ -163,7 +136,7 @@ def _worst_gradients(comparison: Comparison) -> list[Padding]:
         if row.worst_gradient is not None:
             variants.setdefault(row.worst_gradient, []).append(row.variant)
     return [
-        _sentence(f"worst gradient of {', '.join(found)}: {name}", "dim")
+        sentence(f"worst gradient of {', '.join(found)}: {name}", "dim")
         for name, found in variants.items()
     ]
 
@@ -198,7 +171,9 @@ def _thousands(value: float | None) -> str:
 
 
 def _ratio(value: float | None) -> str:
-    return _NONE if value is None else f"{value:.2f}"
+    if value is None:
+        return _NONE
+    return f"{value:.2f}" if value >= 0.1 else figure(value)
 
 
 def _error(value: float | None) -> str:
@@ -256,14 +231,14 @@ def _speed(row: Row, best: Row) -> str:
     )
     if best.variant == REFERENCE:
         return against
-    return f"{against[:-1]}, and {row.speedup_vs_eager:.2f}x as fast as eager-fp32."
+    return f"{against[:-1]}, and {_ratio(row.speedup_vs_eager)}x as fast as eager-fp32."
 
 
 def _against(name: str, speedup: float, other: str) -> str:
     if abs(speedup - 1) <= _LEVEL:
         return f"{name} is level with {other}: {speedup:.2f}x, within the noise of a measurement."
     if speedup < 1:
-        return f"{name} is SLOWER than {other}: {speedup:.2f}x its speed."
+        return f"{name} is SLOWER than {other}: {_ratio(speedup)}x its speed."
     return f"{name} is {speedup:.2f}x as fast as {other}."
 
 

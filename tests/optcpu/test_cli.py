@@ -4,6 +4,7 @@ import csv
 import importlib
 import importlib.metadata
 import importlib.util
+import io
 import json
 import os
 import subprocess
@@ -285,6 +286,14 @@ class TestDoctor:
         monkeypatch.setattr(doctor, "examine", lambda: list(self.FINDINGS))
         assert main(["doctor", "--json"]) == 0
         assert json.loads(capsys.readouterr().out)[0]["remedy"] == "OMP_NUM_THREADS=2"
+
+    def test_without_utf_8(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        monkeypatch.setattr(doctor, "examine", lambda: list(self.FINDINGS))
+        written = io.BytesIO()
+        monkeypatch.setattr(sys, "stdout", io.TextIOWrapper(written, encoding="ascii"))
+        assert main(["doctor"]) == 0
+        sys.stdout.flush()
+        assert b"? OMP_NUM_THREADS=2" in written.getvalue()
 
     def test_unusable(self, monkeypatch: pytest.MonkeyPatch) -> None:
         findings = [*self.FINDINGS, doctor.Finding("C++ compiler", "error", "none")]

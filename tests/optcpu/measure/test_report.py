@@ -12,16 +12,29 @@ MakeRow = Callable[..., Row]
 MakeComparison = Callable[..., Comparison]
 
 
-@pytest.mark.parametrize("width", [80, 100, 120, 200])
+@pytest.mark.parametrize("width", [40, 60, 80, 100, 120, 200])
 def test_tables_fit_and_cut_nothing_off(
     width: int, row: MakeRow, comparison: MakeComparison
 ) -> None:
-    made = comparison(row("optcpu+optimizer", "optcpu", 1234.5, units_per_second=123456.0))
+    made = comparison(
+        row("optcpu+optimizer", "optcpu", 1234.5, units_per_second=123456.0),
+        row("optcpu", "optcpu", 5e6, peak_memory_mb=1234567.0, compile_seconds=2345.6),
+        unit="pictures",
+    )
     text = to_text(made, width)
     assert max(map(len, text.splitlines())) <= width
     assert "…" not in text
     assert "transformer.h.11.attn.c_attn.weight" in text
-    assert "123,456" in text
+    told = ("123,456", "5.0e+06", "1,234,567", "2345.6", "6.0e-05", "1.9e-05", "1.2e-02", "0.01234")
+    assert [figure for figure in told if figure not in text] == []
+    for heading in ("pictures/s", "x eager", "peak MB", "compile s", "learned"):
+        assert heading in text
+
+
+def test_a_table_without_room_becomes_lines(row: MakeRow, comparison: MakeComparison) -> None:
+    lines = to_text(comparison(row("optcpu", "optcpu", 48.0)), 60).splitlines()
+    assert "optcpu: ms/step 48.0, (range) 46.6-52.8, samples/s 2,667," in lines
+    assert "  x eager 6.25, x stock 2.00, peak MB 1,900, compile s 0.1" in lines
 
 
 def test_a_narrow_table_leaves_the_ranges_out(row: MakeRow, comparison: MakeComparison) -> None:
