@@ -12,6 +12,7 @@ from torch.optim import Optimizer
 
 from optcpu.errors import OptcpuError
 from optcpu.optim.formats import Format, Stored, mixed
+from optcpu.optim.in_backward import BackwardHooks
 from optcpu.optim.rules import Slot
 from optcpu.optim.weights import StoredWeight
 
@@ -49,6 +50,8 @@ class StoredOptimizer(Optimizer):
     # Lookahead's slow weights and alpha, in a step that synchronises them.
     _slow_weights: Mapping[Tensor, Tensor] | None = None
     _slow_step: float = 0.0
+
+    _in_backward: BackwardHooks | None = None
 
     def keep_state_in(self, state_dtype: torch.dtype, seed: int) -> None:
         """Store the moments as ``state_dtype`` from now on, those that are there included.
@@ -95,15 +98,67 @@ class StoredOptimizer(Optimizer):
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
+        self._update([place for place, (_, p) in enumerate(self._places()) if p.grad is not None])
         self.steps += 1
-        parameters = [(group, p) for group in self.param_groups for p in group["params"]]
-        slots = [
-            self.slot(group, parameter, mixed(self.seed, self.steps, place))
-            for place, (group, parameter) in enumerate(parameters)
-            if parameter.grad is not None
-        ]
-        self.update(slots)
+        if self._in_backward is not None:
+            self._in_backward.begin_step()
         return loss
+
+    def update_in_backward(self, accumulation_steps: int = 1) -> None:
+        """Update each parameter during ``backward()``, and free its gradient, once that is complete.
+
+        The training loop stays what it is, ``step()`` included: it ends the step, and updates what
+        has a gradient still. The result is the same, bit for bit, but gradients are never there all at
+        once, as far as ``backward()`` computes them one after the other; a model that is compiled as
+        one graph hands them over together, at the end. Whatever looks at gradients between
+        ``backward()`` and ``step()`` (clipping, logging, unscaling) finds none.
+
+        Args:
+            accumulation_steps: backward passes that belong to one step.
+
+        Raises:
+            ValueError: ``accumulation_steps`` is no integer of at least 1.
+            OptcpuError: the optimizer needs all gradients at once.
+        """
+        if (
+            not isinstance(accumulation_steps, int)
+            or isinstance(accumulation_steps, bool)
+            or accumulation_steps < 1
+        ):
+            raise ValueError(
+                f"accumulation_steps must be an integer of at least 1, not {accumulation_steps!r}"
+            )
+        self.update_in_step()
+        parameters = [parameter for _, parameter in self._places()]
+        self._in_backward = BackwardHooks(
+            parameters, lambda place: self._update([place]), accumulation_steps
+        )
+
+    def update_in_step(self) -> None:
+        """Undo :meth:`update_in_backward`."""
+        if self._in_backward is not None:
+            self._in_backward.remove()
+            self._in_backward = None
+
+    def _places(self) -> list[tuple[Group, Tensor]]:
+        """All parameters with their groups; a parameter's place in the list is part of its seed."""
+        return [(group, parameter) for group in self.param_groups for parameter in group["params"]]
+
+    @torch.no_grad()
+    def _update(self, places: list[int]) -> None:
+        """Update the parameters at ``places`` for the step that comes after ``steps``."""
+        parameters = self._places()
+        chosen = [parameters[place] for place in places]
+        if not self.takes_sparse_gradients:
+            _refuse_sparse(parameter for _, parameter in chosen)
+        self.update(
+            [
+                self.slot(group, parameter, mixed(self.seed, self.steps, place))
+                for place, (group, parameter) in zip(places, chosen, strict=True)
+            ]
+        )
+        # The kernel writes past autograd, which must know that saved weights are not what they were.
+        torch.autograd.graph.increment_version([parameter for _, parameter in chosen])
 
     def update(self, slots: list[Slot]) -> None:
         """Run the rule on the parameters in ``slots``."""
@@ -125,8 +180,11 @@ class StoredOptimizer(Optimizer):
             weight = parameter.stored(seed)
         else:
             weight = Stored(Format.FLOAT, parameter.detach(), seed=seed)
-        gradient = _gradient(parameter, weight.data, sparse_too=self.takes_sparse_gradients)
-        slot = Slot(weight, gradient, gradient_scale=-1.0 if group["maximize"] else 1.0)
+        slot = Slot(
+            weight,
+            _gradient(parameter, weight.data),
+            gradient_scale=-1.0 if group["maximize"] else 1.0,
+        )
         if self._slow_weights is not None:
             slot.slow = stored_slow(self._slow_weights[parameter], seed ^ _SLOW_BITS)
             slot.slow_step = self._slow_step
@@ -223,18 +281,22 @@ def _check_parameters(parameters: Iterable[Tensor]) -> None:
             )
 
 
-def _gradient(parameter: Tensor, like: Tensor, *, sparse_too: bool) -> Stored:
+def _refuse_sparse(parameters: Iterable[Tensor]) -> None:
+    for parameter in parameters:
+        if parameter.grad is not None and parameter.grad.layout != torch.strided:
+            raise OptcpuError(
+                f"the gradient of a parameter of shape {tuple(parameter.shape)} is "
+                f"{parameter.grad.layout}, and only dense gradients can be used: make its layer with "
+                "sparse=False, or give its parameters to torch.optim.SparseAdam"
+            )
+
+
+def _gradient(parameter: Tensor, like: Tensor) -> Stored:
     """The gradient of ``parameter``, in the memory order of ``like``."""
     gradient = parameter.grad
     assert gradient is not None
-    if gradient.is_sparse and sparse_too:
-        gradient = gradient.to_dense()
     if gradient.layout != torch.strided:
-        raise OptcpuError(
-            f"the gradient of a parameter of shape {tuple(parameter.shape)} is {gradient.layout}, "
-            "and only dense gradients can be used: make its layer with sparse=False, or give its "
-            "parameters to torch.optim.SparseAdam"
-        )
+        gradient = gradient.to_dense()
     if gradient.dtype not in (torch.float32, torch.bfloat16):
         gradient = gradient.float()
     if gradient.stride() != like.stride():

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 from torch.optim.optimizer import ParamsT
 
+from optcpu.errors import OptcpuError
 from optcpu.optim import native
 from optcpu.optim.base import Group, StoredOptimizer
 from optcpu.optim.formats import Format
@@ -92,6 +93,14 @@ class Lamb(StoredOptimizer):
         except ValueError:
             self.param_groups.pop()
             raise
+
+    def update_in_backward(self, accumulation_steps: int = 1) -> None:
+        if self.max_grad_norm is not None:
+            raise OptcpuError(
+                f"max_grad_norm = {self.max_grad_norm} needs the gradients of all parameters before "
+                "the first is updated: set it to None, or update in step()"
+            )
+        super().update_in_backward(accumulation_steps)
 
     def slot(self, group: Group, parameter: Tensor, seed: int) -> Slot:
         slot = self.new_slot(group, parameter, seed)
