@@ -96,15 +96,18 @@ def compare(
         variants: names, of: ``eager-fp32``, ``eager-bf16`` (autocast), ``compiled-fp32``,
             ``compiled-bf16`` (stock ``torch.compile``); each of them with ``-tuned`` (freed memory
             stays in the process); ``optcpu`` (``optcpu.optimize(model)``, the optimizer as given),
-            ``optcpu+optimizer`` (``optcpu.optimize(model, optimizer)``); ``ipex``, ``zentorch``.
+            ``optcpu+optimizer`` (``optcpu.optimize(model, optimizer)``); ``ipex`` (as its
+            documentation trains), ``ipex-compiled`` (with its backend for ``torch.compile``),
+            ``zentorch``; these three with ``-tuned`` memory.
             ``eager-fp32`` always runs, as the reference. Default: the four stock ones, the tuned
             counterpart of the fastest of them (and of any that is close to it), both of optcpu, and
-            ``ipex`` and ``zentorch`` where they can be imported. On processors without AVX512_BF16
-            and AMX the stock BF16 variants are left out of the default.
+            those of IPEX and zentorch where they are installed and fit. On processors without
+            AVX512_BF16 and AMX the stock BF16 variants are left out of the default.
         rounds: turns that each variant gets; below 5 the medians are rough, and it is said so.
         round_seconds: length of a turn, s; short turns mislead, and it is said so.
         accumulation_steps: batches whose gradients are averaged in one optimizer step.
-        precision: for ``optcpu.optimize``: ``"auto"``, ``"bf16"`` or ``"fp32"``.
+        precision: of optcpu, IPEX and zentorch: ``"auto"`` (BF16 where the processor has it),
+            ``"bf16"`` or ``"fp32"``.
         unit: what is counted per second, for the table: ``"tokens"``, say.
         units_per_batch: how many of them are in a batch. Default: the first dimension.
         threads: threads to compute with. Default: as many as here (``torch.get_num_threads()``).
@@ -161,7 +164,7 @@ def compare(
             dropout_off=trial.random,
         )
         team.write(settings)
-        _prepare(team, reporter, asked, cpu.bf16, rounds)
+        left_out = _prepare(team, reporter, asked, cpu.bf16, rounds)
         team.take_turns(rounds, round_seconds, payload.batches, accumulation_steps)
         measured = list(team.measured.values())
         scarce = team.memory_was_scarce
@@ -183,6 +186,7 @@ def compare(
         accumulation_steps=accumulation_steps,
         parameters=sum(p.numel() for p in payload.model.parameters() if p.requires_grad),
         notes=[
+            *left_out,
             *_notes(rows[0], trial),
             *_notes_on_timing(batches, rounds, round_seconds, scarce),
             *_notes_on_noise(rows),
@@ -203,16 +207,18 @@ def _prepare(
     asked: list[Variant] | None,
     bf16_hardware: bool,
     rounds: int,
-) -> None:
+) -> list[str]:
+    """Have every variant compile and learn. Returns what is to be said about those left out."""
+
     def expect(workers: int) -> None:
         reporter.set_total(workers + rounds + _PHASES_BESIDE_WORKERS_AND_ROUNDS)
 
     if asked is not None:
         expect(len(asked))
         team.prepare(asked)
-        return
+        return []
     stock = default_stock_variants(bf16_hardware)
-    others = default_other_variants(bf16_hardware)
+    others, left_out = default_other_variants()
     expect(len(stock) + 1 + len(others))
     team.prepare(stock)
     # Only now is it known which of them are worth tuning.
@@ -225,6 +231,7 @@ def _prepare(
     )
     expect(len(stock) + len(tuned) + len(others))
     team.prepare([*tuned, *others])
+    return left_out
 
 
 def _notes(reference: Row, trial: Trial) -> list[str]:

@@ -41,6 +41,8 @@ def rows_of(
 
 def _row(m: Measured, reference: Measured, passes: int, units_per_step: float) -> Row:
     row = Row(m.variant.name, m.variant.kind, failed=m.failed, failure_log=m.log)
+    if m.variant.note is not None:
+        row.notes.append(m.variant.note)
     if m.preparation is None:
         return row
     _tell_preparation(row, m, reference, passes)

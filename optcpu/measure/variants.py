@@ -1,8 +1,13 @@
 """What each variant is: how a user would set it up, in the words of its documentation.
 
 Stock variants are plain PyTorch. Peers are other projects' extensions, offered where they can be
-imported. ``-tuned`` means that freed memory is kept in the process (``optcpu.memory``), which any
+imported; they are imported in the processes that measure them, never in the caller's. Like optcpu
+they compute in BF16 where the processor has it, unless ``precision`` says otherwise.
+``-tuned`` means that freed memory is kept in the process (``optcpu.memory``), which any
 user of plain PyTorch can have as well: the tuned variants are the baseline that counts.
+
+Sources: IPEX's "Cheat Sheet" (``optimize`` with an optimizer, autocast) and "Features"
+(``torch.compile`` with its backend, weights not packed); zentorch's README.
 """
 
 from __future__ import annotations
@@ -21,10 +26,13 @@ import torch
 from torch import nn
 from torch.optim import Optimizer
 
+from optcpu.cpu import capabilities
+
 OptimizerFactory = Callable[[Iterable[nn.Parameter]], Optimizer]
 
 REFERENCE = "eager-fp32"
 _IMPORT_LIMIT_S = 180
+_IPEX = "intel_extension_for_pytorch"
 # A tuned variant is measured for every stock variant that is within this factor of the fastest one:
 # tuning changes the order of those that are close.
 _CLOSE_TO_FASTEST = 1.3
@@ -37,11 +45,14 @@ class Variant:
     Attributes:
         name: what users call it.
         kind: ``"stock"`` for plain PyTorch, ``"optcpu"``, or ``"peer"``.
-        bf16: whether the step runs under BF16 autocast.
-        compiled: whether the model goes through stock ``torch.compile``.
+        bf16: whether the step of a stock variant runs under BF16 autocast.
+        compiled: whether the model goes through ``torch.compile``, with the peer's backend if it is
+            a peer.
         tuned: whether freed memory is kept in the process.
         package: what must be importable.
+        avx512: whether the package does nothing on a processor without AVX-512.
         environment: variables that its process starts with, where the caller has not set them.
+        note: what a reader of its figures must know.
     """
 
     name: str
@@ -50,7 +61,9 @@ class Variant:
     compiled: bool = False
     tuned: bool = False
     package: str | None = None
+    avx512: bool = False
     environment: tuple[tuple[str, str], ...] = ()
+    note: str | None = None
 
 
 def _stock_variants(tuned: bool) -> list[Variant]:
@@ -73,15 +86,19 @@ VARIANTS: Mapping[str, Variant] = {
     for variant in (
         *_stock_variants(tuned=False),
         *_stock_variants(tuned=True),
-        Variant("ipex", "peer", bf16=True, tuned=True, package="intel_extension_for_pytorch"),
+        Variant("ipex", "peer", tuned=True, package=_IPEX),
+        Variant("ipex-compiled", "peer", compiled=True, tuned=True, package=_IPEX),
         Variant(
             "zentorch",
             "peer",
-            bf16=True,
+            compiled=True,
             tuned=True,
             package="zentorch",
-            # With its cache of packed weights (the default) it trains on those of the first step.
+            avx512=True,
             environment=(("ZENDNNL_MATMUL_WEIGHT_CACHE", "0"),),
+            note="with its cache of packed weights, which is on by default, it trains on the "
+            "weights of its first step; compare turns that off, unless "
+            "ZENDNNL_MATMUL_WEIGHT_CACHE is set",
         ),
         Variant("optcpu", "optcpu"),
         Variant("optcpu+optimizer", "optcpu"),
@@ -111,7 +128,7 @@ def named_variants(names: Sequence[str]) -> list[Variant]:
 
     Raises:
         TypeError: if ``names`` is a bare string.
-        ValueError: if there is none, one is unknown, or its package cannot be imported.
+        ValueError: if there is none, one is unknown, or one cannot run here.
     """
     if isinstance(names, str):
         raise TypeError(f"variants must be a sequence of names: write variants=[{names!r}].")
@@ -123,14 +140,10 @@ def named_variants(names: Sequence[str]) -> list[Variant]:
             hint = f" Did you mean {near[0]!r}?" if near else ""
             raise ValueError(f"unknown variant {name!r}.{hint} Known: {', '.join(VARIANTS)}.")
     chosen = [VARIANTS[name] for name in dict.fromkeys([REFERENCE, *names])]
+    problems = _problems(chosen)
     for variant in chosen:
-        problem = import_problem(variant.package) if variant.package else None
-        if problem:
-            raise ValueError(
-                f"variant {variant.name!r} needs {variant.package}, which cannot be imported here: "
-                f"{problem}. Install a version that fits torch {torch.__version__}, or leave the "
-                "variant out."
-            )
+        if variant.name in problems:
+            raise ValueError(f"variant {variant.name!r} cannot run here: {problems[variant.name]}.")
     return chosen
 
 
@@ -141,15 +154,22 @@ def default_stock_variants(bf16_hardware: bool) -> list[Variant]:
     ]
 
 
-def default_other_variants(bf16_hardware: bool) -> list[Variant]:
-    """Peers that can be imported here, and optcpu."""
-    return [
+def default_other_variants() -> tuple[list[Variant], list[str]]:
+    """Peers that can run here, and optcpu; and why peers are left out that are installed."""
+    others = [
         variant
         for variant in VARIANTS.values()
         if variant.kind != "stock"
-        and (bf16_hardware or not variant.bf16)
-        and (variant.package is None or import_problem(variant.package) is None)
+        and (variant.package is None or importlib.util.find_spec(variant.package) is not None)
     ]
+    problems = _problems(others)
+    left_out: dict[str, list[str]] = {}
+    for name, problem in problems.items():
+        left_out.setdefault(problem, []).append(name)
+    return (
+        [variant for variant in others if variant.name not in problems],
+        [f"Left out: {', '.join(found)}; {problem}." for problem, found in left_out.items()],
+    )
 
 
 def tuned_twins(step_seconds: Mapping[str, float]) -> list[Variant]:
@@ -159,6 +179,28 @@ def tuned_twins(step_seconds: Mapping[str, float]) -> list[Variant]:
     limit = _CLOSE_TO_FASTEST * min(step_seconds.values())
     close = {name for name, seconds in step_seconds.items() if seconds <= limit}
     return [twin for twin in _stock_variants(tuned=True) if twin.name[: -len("-tuned")] in close]
+
+
+def _problems(variants: Sequence[Variant]) -> dict[str, str]:
+    """Why variants cannot run here, by name, of those that cannot."""
+    problems: dict[str, str] = {}
+    imports: dict[str, str | None] = {}
+    for variant in variants:
+        package = variant.package
+        if package is None:
+            continue
+        if variant.avx512 and not capabilities().isa.startswith(("avx512", "amx")):
+            problems[variant.name] = f"without AVX-512 {package} is plain torch.compile"
+            continue
+        if package not in imports:
+            imports[package] = import_problem(package)
+        problem = imports[package]
+        if problem is not None:
+            problems[variant.name] = (
+                f"{package} cannot be imported: {problem.rstrip('.')}; it takes a version that "
+                f"fits torch {torch.__version__}"
+            )
+    return problems
 
 
 def import_problem(package: str) -> str | None:
@@ -181,8 +223,15 @@ def import_problem(package: str) -> str | None:
         return f"its import did not end within {_IMPORT_LIMIT_S} s"
     if trial.returncode == 0:
         return None
-    lines = [line.strip() for line in trial.stderr.splitlines() if line.strip()]
-    return lines[-1] if lines else f"its import ended the process with code {trial.returncode}"
+    error, printed = _last_line(trial.stderr), _last_line(trial.stdout)
+    if not error and not printed:
+        return f"its import ended the process with code {trial.returncode}"
+    # IPEX prints which torch it needs, and then fails by mistake: the error alone says nothing.
+    return f"{error} ({printed})" if error and printed else error or printed
+
+
+def _last_line(text: str) -> str:
+    return next((line.strip() for line in reversed(text.splitlines()) if line.strip()), "")
 
 
 def default_optimizer(parameters: Iterable[nn.Parameter]) -> Optimizer:
@@ -193,13 +242,20 @@ def default_optimizer(parameters: Iterable[nn.Parameter]) -> Optimizer:
 def prepare(
     variant: Variant, model: nn.Module, make_optimizer: OptimizerFactory, precision: str
 ) -> Prepared:
-    """Set a plain FP32 model up for training as ``variant`` does it."""
-    if variant.name == "ipex":
-        return _prepare_ipex(model, make_optimizer)
+    """Set a plain FP32 model up for training as ``variant`` does it.
+
+    ``precision``, of ``"auto"``, ``"bf16"`` and ``"fp32"``, is that of optcpu and of the peers.
+    """
+    if variant.package == _IPEX:
+        return _prepare_ipex(variant, model, make_optimizer, _in_bf16(precision))
     if variant.name == "zentorch":
         importlib.import_module("zentorch")
-        optimizer = make_optimizer(model.parameters())
-        return Prepared(model, torch.compile(model, backend="zentorch"), optimizer, _bf16_autocast)
+        return Prepared(
+            module=model,
+            call=torch.compile(model, backend="zentorch"),
+            optimizer=make_optimizer(model.parameters()),
+            autocast=_bf16_autocast if _in_bf16(precision) else nullcontext,
+        )
     if variant.kind == "optcpu":
         return _prepare_optcpu(variant, model, make_optimizer, precision)
     return Prepared(
@@ -208,6 +264,10 @@ def prepare(
         optimizer=make_optimizer(model.parameters()),
         autocast=_bf16_autocast if variant.bf16 else nullcontext,
     )
+
+
+def _in_bf16(precision: str) -> bool:
+    return precision == "bf16" or (precision == "auto" and capabilities().bf16)
 
 
 def _bf16_autocast() -> AbstractContextManager[Any]:
@@ -228,11 +288,21 @@ def _prepare_optcpu(
     return Prepared(model, model, optimizer, nullcontext)
 
 
-def _prepare_ipex(model: nn.Module, make_optimizer: OptimizerFactory) -> Prepared:
-    ipex = importlib.import_module("intel_extension_for_pytorch")
+def _prepare_ipex(
+    variant: Variant, model: nn.Module, make_optimizer: OptimizerFactory, bf16: bool
+) -> Prepared:
+    ipex = importlib.import_module(_IPEX)
     model, optimizer = ipex.optimize(
-        model, optimizer=make_optimizer(model.parameters()), dtype=torch.bfloat16, inplace=True
+        model,
+        optimizer=make_optimizer(model.parameters()),
+        dtype=torch.bfloat16 if bf16 else None,
+        # torch.compile cannot capture the modules that hold packed weights.
+        weights_prepack=not variant.compiled,
+        inplace=True,
     )
-    # Compiled where it works: a graph that IPEX's backend cannot compile runs eagerly.
-    torch._dynamo.config.suppress_errors = True
-    return Prepared(model, torch.compile(model, backend="ipex"), optimizer, _bf16_autocast)
+    return Prepared(
+        module=model,
+        call=torch.compile(model, backend="ipex") if variant.compiled else model,
+        optimizer=optimizer,
+        autocast=_bf16_autocast if bf16 else nullcontext,
+    )
