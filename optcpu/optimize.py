@@ -99,7 +99,8 @@ def optimize(
     Args:
         model: any module on the CPU with FP32 parameters.
         optimizer: any optimizer of the model's parameters. ``Adam``, ``AdamW`` and ``SGD`` of PyTorch
-            become those of :mod:`optcpu.optim`, the same object with the same options and checkpoints;
+            become those of :mod:`optcpu.optim`, the same object with the same options and checkpoints
+            (where everything stays FP32, they use PyTorch's own fused kernel);
             those of :mod:`optcpu.optim` (``Lookahead`` around one as well) are taken as they are; others
             keep their own update, and a warning says so.
         precision: ``"bf16"`` computes matrix products, convolutions and attention in BF16,

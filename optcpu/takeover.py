@@ -55,9 +55,14 @@ def take_over(
 ) -> None:
     """Let ``optimizer`` update ``model`` with optcpu's storage and kernel, in place.
 
-    An optimizer that optcpu has no update for keeps its own, and the user is told.
+    An optimizer that optcpu has no update for keeps its own, and the user is told. Where everything
+    stays FP32, PyTorch's optimizers are switched to their own fused kernel, if they have one.
     """
     inner = optimizer.optimizer if isinstance(optimizer, Lookahead) else optimizer
+    if weights == "fp32" and state_dtype == torch.float32:
+        if not isinstance(inner, StoredOptimizer):
+            use_fused_update(inner)  # PyTorch's own kernel has nothing left to gain
+        return
     if not isinstance(inner, StoredOptimizer):
         reason = convert(inner, state_dtype)
         if reason is not None:

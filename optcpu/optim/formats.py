@@ -89,10 +89,11 @@ def _random_bits(like: Tensor, seed: int) -> Tensor:
     """Sixteen random bits for each number; the same as in ``kernels/update.cpp``."""
     dense = torch.empty_like(like)
     places = torch.arange(dense.numel()).as_strided(dense.shape, dense.stride())
-    x = (places ^ seed) & 0xFFFFFFFF
+    x = (places // 2 ^ seed) & 0xFFFFFFFF
     x = (x ^ x >> 16) * 0x7FEB352D & 0xFFFFFFFF
     x = (x ^ x >> 15) * 0x846CA68B & 0xFFFFFFFF
-    return ((x ^ x >> 16) & 0xFFFF).int()
+    x = x ^ x >> 16
+    return (x >> 16 * (places % 2) & 0xFFFF).int()  # a pair of numbers shares one draw
 
 
 def mixed(*numbers: int) -> int:

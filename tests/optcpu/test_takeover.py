@@ -55,8 +55,7 @@ def test_fp32_training_is_that_of_pytorch() -> None:
     reference = torch.optim.AdamW(twin.parameters(), lr=1e-2)
     result = optcpu.optimize(model, optimizer, precision="fp32")
     assert result == (model, optimizer)
-    assert isinstance(optimizer, AdamW)
-    assert optimizer.state_dtype == torch.float32
+    assert type(optimizer) is torch.optim.AdamW
     assert stored(model) == []
     ours, theirs = train(model, optimizer, batches(15)), train(twin, reference, batches(15))
     assert ours == pytest.approx(theirs, rel=1e-3)

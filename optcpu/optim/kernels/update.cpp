@@ -44,7 +44,9 @@ enum Format : int32_t { kFloat, kSplit, kStochastic, kNearest };
 
 namespace {
 
-constexpr int64_t kBlock = 1024;
+// A block is 256 bytes of each of its tensors, as many lines as the processor can ask memory for at once.
+constexpr int64_t kBlock = 128;  // of 2-byte numbers
+constexpr int64_t kFloatBlock = 64;
 
 float as_float(uint32_t bits) {
   float value;
@@ -58,18 +60,33 @@ uint32_t as_bits(float value) {
   return bits;
 }
 
-// Sixteen random bits for each element, a function of seed and index alone: the same for any number of
-// threads. The mixing function is "lowbias32" of C. Wellons' hash prospector.
-uint32_t random_bits(uint32_t seed, uint32_t index) {
-  uint32_t x = index ^ seed;
+// Random bits for the two elements at 2 * pair, a function of seed and place alone: the same for any number
+// of threads. The mixing function is "lowbias32" of C. Wellons' hash prospector.
+uint32_t random_bits(uint32_t seed, uint32_t pair) {
+  uint32_t x = pair ^ seed;
   x ^= x >> 16;
   x *= 0x7feb352du;
   x ^= x >> 15;
   x *= 0x846ca68bu;
-  return (x ^ (x >> 16)) & 0xffff;
+  return x ^ (x >> 16);
+}
+
+void prefetch(const void* data, int64_t bytes) {
+  constexpr int64_t kCacheLine = 64;
+  const char* first = static_cast<const char*>(data);
+  for (int64_t offset = 0; offset < bytes; offset += kCacheLine) __builtin_prefetch(first + offset);
+}
+
+// A block is read at once and then computed with for long; unless the next one is asked for meanwhile,
+// memory idles while the processor computes and the processor while memory is read.
+void prefetch_next(const Stored& from, int64_t start, int64_t n) {
+  const int64_t next = start + n, width = from.format == kFloat ? 4 : 2;
+  prefetch(static_cast<const char*>(from.data) + next * width, n * width);
+  if (from.format == kSplit) prefetch(from.low + next, n * sizeof(int16_t));
 }
 
 void decode(const Stored& from, int64_t start, int64_t n, float* __restrict to) {
+  prefetch_next(from, start, n);
   if (from.format == kFloat) {
     std::memcpy(to, static_cast<const float*>(from.data) + start, n * sizeof(float));
     return;
@@ -98,9 +115,12 @@ void encode(const Stored& to, int64_t start, int64_t n, const float* __restrict 
       rest[i] = int16_t(bits - (upper << 16));
     }
   } else if (to.format == kStochastic) {
-    const uint32_t seed = to.seed;
-    for (int64_t i = 0; i < n; i++)
-      high[i] = uint16_t((as_bits(from[i]) + random_bits(seed, uint32_t(start + i))) >> 16);
+    const uint32_t seed = to.seed, first = uint32_t(start / 2);  // start is even
+    uint32_t pairs[kBlock / 2];
+    uint16_t bits[kBlock];
+    for (uint32_t i = 0; i < kBlock / 2; i++) pairs[i] = random_bits(seed, first + i);
+    std::memcpy(bits, pairs, sizeof bits);
+    for (int64_t i = 0; i < n; i++) high[i] = uint16_t((as_bits(from[i]) + bits[i]) >> 16);
   } else {
     for (int64_t i = 0; i < n; i++) {
       const uint32_t bits = as_bits(from[i]);
@@ -109,7 +129,8 @@ void encode(const Stored& to, int64_t start, int64_t n, const float* __restrict 
   }
 }
 
-// What a rule works on, in FP32.
+// What a rule works on, in FP32. Loops read constants from locals: a member of Parameter could be one of the
+// numbers that are written, as far as the compiler knows, and the loop would not be vectorised.
 struct Block {
   alignas(64) float weight[kBlock], gradient[kBlock], first[kBlock], second[kBlock];
   int64_t size;
@@ -117,9 +138,11 @@ struct Block {
 
 void load_gradient(const Parameter& p, int64_t start, Block& b) {
   decode(p.gradient, start, b.size, b.gradient);
-  for (int64_t i = 0; i < b.size; i++) b.gradient[i] *= p.gradient_scale;
-  if (p.coupled_decay != 0)
-    for (int64_t i = 0; i < b.size; i++) b.gradient[i] += p.coupled_decay * b.weight[i];
+  const float scale = p.gradient_scale, decay = p.coupled_decay;
+  if (scale != 1)
+    for (int64_t i = 0; i < b.size; i++) b.gradient[i] *= scale;
+  if (decay != 0)
+    for (int64_t i = 0; i < b.size; i++) b.gradient[i] += decay * b.weight[i];
 }
 
 void load_moments(const Parameter& p, int64_t start, Block& b) {
@@ -132,10 +155,9 @@ void store_weight(const Parameter& p, int64_t start, Block& b) {
   if (p.slow.data) {
     float* slow = b.gradient;  // done with
     decode(p.slow, start, b.size, slow);
-    for (int64_t i = 0; i < b.size; i++) {
-      slow[i] += p.slow_step * (b.weight[i] - slow[i]);
-      b.weight[i] = slow[i];
-    }
+    const float alpha = p.slow_step;
+    for (int64_t i = 0; i < b.size; i++)
+      b.weight[i] = slow[i] = slow[i] + alpha * (b.weight[i] - slow[i]);
     encode(p.slow, start, b.size, slow);
   }
   encode(p.weight, start, b.size, b.weight);
@@ -164,9 +186,11 @@ void adam_block(const Parameter& p, int64_t start, Block& b) {
       b.second[i] = maximum[i] = std::max(maximum[i], b.second[i]);
     encode(p.maximum, start, b.size, maximum);
   }
+  const float shrink = p.shrink, step_size = p.step_size;
+  const float root_scale = p.root_scale, epsilon = p.epsilon;
   for (int64_t i = 0; i < b.size; i++)
-    b.weight[i] = b.weight[i] * p.shrink -
-                  p.step_size * b.first[i] / (std::sqrt(b.second[i]) * p.root_scale + p.epsilon);
+    b.weight[i] = b.weight[i] * shrink -
+                  step_size * b.first[i] / (std::sqrt(b.second[i]) * root_scale + epsilon);
   store_weight(p, start, b);
 }
 
@@ -176,24 +200,29 @@ void sgd_block(const Parameter& p, int64_t start, Block& b) {
   float* direction = b.gradient;
   if (p.first.data) {
     decode(p.first, start, b.size, b.first);
+    const float momentum = p.beta1, rest = p.rest1;
     for (int64_t i = 0; i < b.size; i++)
-      b.first[i] = p.beta1 * b.first[i] + p.rest1 * b.gradient[i];
+      b.first[i] = momentum * b.first[i] + rest * b.gradient[i];
     encode(p.first, start, b.size, b.first);
     if (p.nesterov)
-      for (int64_t i = 0; i < b.size; i++) b.gradient[i] += p.beta1 * b.first[i];
+      for (int64_t i = 0; i < b.size; i++) b.gradient[i] += momentum * b.first[i];
     else
       direction = b.first;
   }
-  for (int64_t i = 0; i < b.size; i++) b.weight[i] -= p.step_size * direction[i];
+  const float step_size = p.step_size;
+  for (int64_t i = 0; i < b.size; i++) b.weight[i] -= step_size * direction[i];
   store_weight(p, start, b);
 }
 
 // The update before it is scaled, in place of the gradient. Shrinks the weight.
 void lamb_update(const Parameter& p, Block& b) {
-  for (int64_t i = 0; i < b.size; i++) b.weight[i] *= p.shrink;
-  for (int64_t i = 0; i < b.size; i++)
-    b.gradient[i] = p.step_size * b.first[i] / (std::sqrt(b.second[i]) * p.root_scale + p.epsilon) +
-                    p.update_decay * b.weight[i];
+  const float shrink = p.shrink, decay = p.update_decay, step_size = p.step_size;
+  const float root_scale = p.root_scale, epsilon = p.epsilon;
+  for (int64_t i = 0; i < b.size; i++) {
+    b.weight[i] *= shrink;
+    b.gradient[i] = step_size * b.first[i] / (std::sqrt(b.second[i]) * root_scale + epsilon) +
+                    decay * b.weight[i];
+  }
 }
 
 double sum_of_squares(const float* x, int64_t n) {
@@ -207,7 +236,12 @@ double sum_of_squares(const float* x, int64_t n) {
   return total;
 }
 
-int64_t blocks_of(const Parameter& p) { return (p.size + kBlock - 1) / kBlock; }
+int64_t block_size(const Parameter& p) {
+  const bool has_floats = p.weight.format == kFloat || (p.first.data && p.first.format == kFloat);
+  return has_floats ? kFloatBlock : kBlock;
+}
+
+int64_t blocks_of(const Parameter& p) { return (p.size + block_size(p) - 1) / block_size(p); }
 
 // Calls body(tensor, index of the block among all, first element, block) for every block.
 template <class Body>
@@ -219,8 +253,8 @@ void for_each_block(const Parameter* parameters, int64_t count, const Body& body
     int64_t t = std::upper_bound(first.begin(), first.end(), begin) - first.begin() - 1;
     for (int64_t index = begin; index < end; index++) {
       while (index >= first[t + 1]) t++;
-      const int64_t start = (index - first[t]) * kBlock;
-      block.size = std::min(kBlock, parameters[t].size - start);
+      const int64_t length = block_size(parameters[t]), start = (index - first[t]) * length;
+      block.size = std::min(length, parameters[t].size - start);
       body(parameters[t], index, start, block);
     }
   });
