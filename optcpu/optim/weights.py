@@ -16,6 +16,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_any, tree_map_only
 
+from optcpu.errors import OptcpuError
 from optcpu.optim.formats import Format, Stored, split
 from passes.halves import joined
 
@@ -120,6 +121,35 @@ class StoredWeight(Tensor):
         else:
             self.stored().write(numbers)
 
+    @property
+    def data(self) -> Tensor:  # type: ignore[override]
+        """The same numbers, apart from autograd; see :attr:`torch.Tensor.data`."""
+        return self.detach()
+
+    @data.setter
+    def data(self, numbers: Tensor) -> None:
+        """Store other FP32 numbers, of whatever shape and memory order, in the same format.
+
+        Raises:
+            OptcpuError: they are not FP32 on the CPU.
+        """
+        if numbers.dtype != torch.float32 or numbers.device.type != "cpu":
+            raise OptcpuError(
+                f"this weight is stored for training in FP32 on the CPU and cannot become {numbers.dtype} "
+                f"on {numbers.device}: call optcpu.restore(model) first"
+            )
+        format = Format.STOCHASTIC if self.low is None else Format.SPLIT
+        _become(self, StoredWeight.of(numbers.detach().clone(), format))
+
+    def share_memory_(self) -> StoredWeight:
+        """Move the halves to shared memory; see :meth:`torch.Tensor.share_memory_`."""
+        self.each_half(Tensor.share_memory_)
+        return self
+
+    def is_shared(self) -> bool:
+        """See :meth:`torch.Tensor.is_shared`."""
+        return bool(self.high.is_shared())
+
     def numpy(self, *, force: bool = False) -> Any:
         """A copy of the numbers as an array; see :meth:`torch.Tensor.numpy`."""
         if self.requires_grad and not force:
@@ -131,6 +161,9 @@ class StoredWeight(Tensor):
     def tolist(self) -> Any:
         """See :meth:`torch.Tensor.tolist`."""
         return self.full().tolist()
+
+    def __format__(self, specification: str) -> str:
+        return format(self.full(), specification)
 
     def __repr__(self, *, tensor_contents: Any = None) -> str:  # type: ignore[override]
         return repr(_plain(self))
@@ -198,17 +231,25 @@ def restore_weights(module: nn.Module) -> None:
 
 def _store(parameter: nn.Parameter, format: Format) -> bool:
     """Change one parameter; whether that was possible."""
-    gradient, parameter.grad = parameter.grad, None
-    stored = nn.Parameter(StoredWeight.of(parameter.detach(), format), parameter.requires_grad)
-    if hasattr(stored, "grad_dtype"):
-        stored.grad_dtype = None  # gradients come in FP32 or BF16
     try:
-        _swap(parameter, stored)
+        _become(parameter, StoredWeight.of(parameter.detach(), format))
     except RuntimeError:
         return False
-    finally:
-        parameter.grad = gradient
     return True
+
+
+def _become(tensor: Tensor, stored: StoredWeight) -> None:
+    """Make ``tensor`` what ``stored`` is, but for who it is, its gradient and whether it has one."""
+    gradient, tensor.grad = tensor.grad, None
+    new: Tensor = stored
+    if isinstance(tensor, nn.Parameter):
+        new = nn.Parameter(stored, tensor.requires_grad)
+        if hasattr(new, "grad_dtype"):
+            new.grad_dtype = None  # gradients come in FP32 or BF16
+    try:
+        _swap(tensor, new)
+    finally:
+        tensor.grad = gradient
 
 
 def _swap(parameter: Tensor, other: Tensor) -> None:

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from optcpu.errors import OptcpuError
 from optcpu.optim.formats import Format
 from optcpu.optim.weights import StoredWeight, restore_weights, store_weights
 
@@ -115,6 +116,8 @@ OPERATIONS: dict[str, Callable[[Tensor], object]] = {
     "numpy": lambda w: torch.from_numpy(w.numpy()),
     "tolist": lambda w: torch.tensor(w.tolist()),
     "repr": lambda w: repr(w),
+    "format": lambda w: f"{w[0, 0]:.3f}",
+    "vector": lambda w: nn.utils.parameters_to_vector([w]),
     "einsum": lambda w: torch.einsum("ij,kj->ik", w, w),
     "zeros": lambda w: torch.zeros_like(w),
     "lookup": lambda w: F.embedding(torch.tensor([1, 1, 0]), w),
@@ -211,6 +214,56 @@ def test_gradients_may_be_bf16_or_fp32() -> None:
     for dtype in (torch.bfloat16, torch.float32):
         layer.weight.grad = torch.ones(4, 4, dtype=dtype)
         assert layer.weight.grad.dtype == dtype
+
+
+@BOTH
+def test_assigning_data_stores_it(format: Format) -> None:
+    layer = nn.Linear(4, 4, bias=False)
+    store_weights(layer, layer.parameters(), format)
+    layer.weight.grad = torch.ones(4, 4)
+    numbers = torch.randn(4, 4).bfloat16().float()
+    weight = layer.weight
+    weight.data = numbers
+    assert isinstance(weight, StoredWeight)
+    assert torch.equal(weight.high.float(), numbers)
+    assert (weight.low is None) == (format == Format.STOCHASTIC)
+    assert weight.requires_grad
+    assert weight.grad is not None
+    weight.data.zero_()
+    assert not weight.any()
+
+
+def test_the_memory_order_may_change_later() -> None:
+    layer = nn.Conv2d(8, 16, 3)
+    weight, plain = layer.weight, copy.deepcopy(layer)
+    store_weights(layer, layer.parameters(), Format.SPLIT)
+    layer.to(memory_format=torch.channels_last)
+    assert layer.weight is weight
+    assert isinstance(weight, StoredWeight)
+    assert weight.high.is_contiguous(memory_format=torch.channels_last)
+    x = torch.randn(2, 8, 9, 9)
+    torch.testing.assert_close(layer(x), plain(x))
+
+
+@pytest.mark.parametrize("move", [nn.Module.double, nn.Module.bfloat16, nn.Module.half])
+def test_other_dtypes_are_refused_and_change_nothing(move: Callable[[nn.Module], object]) -> None:
+    layer = nn.Linear(4, 4, bias=False)
+    store_weights(layer, layer.parameters(), Format.SPLIT)
+    before = layer.state_dict()["weight"]
+    with pytest.raises(OptcpuError, match=r"cannot become torch\..*optcpu\.restore"):
+        move(layer)
+    assert torch.equal(layer.state_dict()["weight"], before)
+
+
+@pytest.mark.parametrize("move", [nn.Module.float, nn.Module.cpu, nn.Module.share_memory])
+def test_what_changes_nothing(move: Callable[[nn.Module], object]) -> None:
+    layer = nn.Linear(4, 4, bias=False)
+    store_weights(layer, layer.parameters(), Format.SPLIT)
+    weight, before = layer.weight, layer.state_dict()["weight"]
+    move(layer)
+    assert layer.weight is weight
+    assert isinstance(weight, StoredWeight)
+    assert torch.equal(layer.state_dict()["weight"], before)
 
 
 def test_channels_last_weights_stay_so() -> None:
