@@ -17,7 +17,6 @@ from optcpu.optim.rules import Slot
 from optcpu.optim.weights import StoredWeight
 
 Group = dict[str, Any]
-State = dict[str, Any]
 
 _OWN_STATE = "optcpu"
 

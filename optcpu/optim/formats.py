@@ -70,7 +70,7 @@ def split(numbers: Tensor) -> tuple[Tensor, Tensor]:
     The upper half is rounded to nearest; ties go up, where BF16's own rule is to even, since the rest
     would otherwise need one value more than 16 bits hold.
     """
-    bits = numbers.view(torch.int32).long()
+    bits = numbers.view(torch.int32)  # whose sums may wrap around: the join does, too
     high = bits + 0x8000 >> 16
     low = bits - (high << 16)
     return high.short().view(torch.bfloat16), low.short()

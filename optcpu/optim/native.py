@@ -64,7 +64,7 @@ def _run(rule: str, slots: Sequence[Slot]) -> Sequence[Slot]:
         return slots
     fitting, others = _sorted(slots)
     if fitting:
-        library[rule](_described(fitting), ctypes.c_int64(len(fitting)))
+        getattr(library, rule)(_described(fitting), ctypes.c_int64(len(fitting)))
     return others
 
 

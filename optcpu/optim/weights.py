@@ -36,8 +36,8 @@ _MOVES = (
     aten.unsqueeze.default,
     aten.view.default,
 )
-# Those of which nothing else of the tensor is needed: (operator, position of the tensor).
-_LOOKUPS = {aten.embedding.default: 0, aten.index_select.default: 0}
+# Those that read a few rows of the tensor.
+_LOOKUPS = (aten.embedding.default, aten.index_select.default)
 
 
 class StoredWeight(Tensor):
