@@ -99,6 +99,7 @@ class Training:
         first_seconds = time.perf_counter() - started
         if self._settings.dropout_off:
             progress("first step without dropout")
+            del step  # or two sets of gradients would be held at a time
             with dropout_off(self._module):
                 step = self._first_step()
 

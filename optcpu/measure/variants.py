@@ -2,9 +2,9 @@
 
 Stock variants are plain PyTorch. Peers are other projects' extensions, offered where they can be
 imported; they are imported in the processes that measure them, never in the caller's. Like optcpu
-they compute in BF16 where the processor has it, unless ``precision`` says otherwise.
-``-tuned`` means that freed memory is kept in the process (``optcpu.memory``), which any
-user of plain PyTorch can have as well: the tuned variants are the baseline that counts.
+they compute in BF16 where the processor has it, unless ``precision`` says otherwise. ``-tuned``
+means that freed memory is kept in the process (``optcpu.memory``), which any user of plain PyTorch
+can have as well: the tuned variants are the baseline that counts.
 
 Sources: IPEX's "Cheat Sheet" (``optimize`` with an optimizer, autocast) and "Features"
 (``torch.compile`` with its backend, weights not packed); zentorch's README.
@@ -197,8 +197,8 @@ def _problems(variants: Sequence[Variant]) -> dict[str, str]:
         problem = imports[package]
         if problem is not None:
             problems[variant.name] = (
-                f"{package} cannot be imported: {problem.rstrip('.')}; it takes a version that "
-                f"fits torch {torch.__version__}"
+                f"{package} cannot be imported: {problem.rstrip('.')}; a version that fits "
+                f"torch {torch.__version__} is needed"
             )
     return problems
 
@@ -223,11 +223,11 @@ def import_problem(package: str) -> str | None:
         return f"its import did not end within {_IMPORT_LIMIT_S} s"
     if trial.returncode == 0:
         return None
-    error, printed = _last_line(trial.stderr), _last_line(trial.stdout)
-    if not error and not printed:
-        return f"its import ended the process with code {trial.returncode}"
     # IPEX prints which torch it needs, and then fails by mistake: the error alone says nothing.
-    return f"{error} ({printed})" if error and printed else error or printed
+    said = [line for line in (_last_line(trial.stderr), _last_line(trial.stdout)) if line]
+    if trial.returncode != 1 or not said:  # not an exception
+        said.insert(0, f"its import ended the process with code {trial.returncode}")
+    return f"{said[0]} ({'; '.join(said[1:])})" if len(said) > 1 else said[0]
 
 
 def _last_line(text: str) -> str:

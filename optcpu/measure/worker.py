@@ -12,6 +12,7 @@ Replies: ``{"progress": text}`` any number of times, then ``{"result": {...}}``,
 
 from __future__ import annotations
 
+import gc
 import json
 import os
 import queue
@@ -112,7 +113,13 @@ class Worker:
         }
 
     def turn(self, steps: int, reset_peak_first: bool) -> dict[str, Any]:
-        peak_is_of_training = reset_peak() if reset_peak_first else None
+        peak_is_of_training = None
+        if reset_peak_first:
+            # What compiling and comparing have left free is no part of what training needs, and some
+            # allocators would have handed it back already.
+            gc.collect()
+            hand_back_freed_memory()
+            peak_is_of_training = reset_peak()
         seconds = self._training.turn(steps)
         return {
             "seconds": seconds,

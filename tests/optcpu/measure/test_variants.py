@@ -87,6 +87,10 @@ def test_a_package_that_is_not_there_is_told() -> None:
     [
         ("raise OSError('undefined symbol: _ZN3c10')", "OSError: undefined symbol: _ZN3c10"),
         ("import os; os._exit(3)", "its import ended the process with code 3"),
+        (
+            "import os; os.write(2, b'a warning'); os._exit(3)",
+            "its import ended the process with code 3 (a warning)",
+        ),
         ("import os; os.kill(os.getpid(), 11)", "its import ended the process with code -11"),
     ],
 )
@@ -153,7 +157,7 @@ def test_by_default_the_peers_that_fit_are_measured_and_the_others_are_told(
     assert names(chosen) == own
     assert left_out == [
         "Left out: ipex, ipex-compiled; intel_extension_for_pytorch cannot be imported: "
-        f"ImportError: no; it takes a version that fits torch {torch.__version__}.",
+        f"ImportError: no; a version that fits torch {torch.__version__} is needed.",
         "Left out: zentorch; without AVX-512 zentorch is plain torch.compile.",
     ]
 
