@@ -155,7 +155,8 @@ def optimize(
         model._compiled_call_impl = CompiledCall(model, settings)
     if optimizer is None:
         return model
-    take_over(model, optimizer, storage, state_dtype)
+    if take_over(model, optimizer, storage, state_dtype) and present is not None:
+        present.compile_anew()
     return model, optimizer
 
 
@@ -198,12 +199,20 @@ class CompiledCall:
         self.replaced = model._compiled_call_impl
         self.backend = Backend(settings.pipeline, fallback=settings.fallback, record=record)
         self._eager: Callable[..., Any] = model._call_impl
-        self._compiled: Callable[..., Any] = torch.compile(
-            _own_frame(self._eager), backend=self.backend, dynamic=settings.dynamic
-        )
-        if needs_autocast(model, settings.precision):
-            self._compiled = under_autocast(self._compiled)
+        self._needs_autocast = needs_autocast(model, settings.precision)
         self._given_up = False
+        self.compile_anew()
+
+    def compile_anew(self) -> None:
+        """Forget what was compiled so far.
+
+        Needed when weights are stored in another way, which Dynamo's guards in PyTorch 2.8 overlook.
+        """
+        self._compiled: Callable[..., Any] = torch.compile(
+            _own_frame(self._eager), backend=self.backend, dynamic=self.settings.dynamic
+        )
+        if self._needs_autocast:
+            self._compiled = under_autocast(self._compiled)
 
     @property
     def record(self) -> Record:

@@ -13,7 +13,7 @@ from optcpu.optim.base import StoredOptimizer
 from optcpu.optim.convert import convert
 from optcpu.optim.formats import Format
 from optcpu.optim.lookahead import Lookahead
-from optcpu.optim.weights import store_weights
+from optcpu.optim.weights import StoredWeight, store_weights
 from optcpu.pipeline import Precision
 from optcpu.update import use_fused_update
 
@@ -52,17 +52,20 @@ def resolve_state_dtype(state_dtype: torch.dtype | None, precision: Precision) -
 
 def take_over(
     model: nn.Module, optimizer: Optimizer, weights: Weights, state_dtype: torch.dtype
-) -> None:
+) -> bool:
     """Let ``optimizer`` update ``model`` with optcpu's storage and kernel, in place.
 
     An optimizer that optcpu has no update for keeps its own, and the user is told. Where everything
     stays FP32, PyTorch's optimizers are switched to their own fused kernel, if they have one.
+
+    Returns:
+        Whether a weight of ``model`` is stored in another way than before.
     """
     inner = optimizer.optimizer if isinstance(optimizer, Lookahead) else optimizer
     if weights == "fp32" and state_dtype == torch.float32:
         if not isinstance(inner, StoredOptimizer):
             use_fused_update(inner)  # PyTorch's own kernel has nothing left to gain
-        return
+        return False
     if not isinstance(inner, StoredOptimizer):
         reason = convert(inner, state_dtype)
         if reason is not None:
@@ -71,9 +74,10 @@ def take_over(
                 f"{type(inner).__name__} keeps its own update and FP32 state, and the weights stay "
                 f"FP32: {reason}"
             )
-            return
+            return False
     if weights == "fp32":
-        return
+        return False
+    plain = _plain_weights(model)
     updated = [p for group in inner.param_groups for p in group["params"]]
     left = store_weights(model, updated, _FORMATS[weights])
     if left:
@@ -81,3 +85,8 @@ def take_over(
             f"{len(left)} weights stay FP32 ({left[0]} is the first), since something else refers "
             "to their memory: call optcpu.optimize before the model is run or wrapped"
         )
+    return _plain_weights(model) != plain
+
+
+def _plain_weights(model: nn.Module) -> int:
+    return sum(not isinstance(parameter, StoredWeight) for parameter in model.parameters())
