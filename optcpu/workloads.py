@@ -2,12 +2,9 @@
 
 from __future__ import annotations
 
-import difflib
-import importlib
 import inspect
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from types import ModuleType
 from typing import Any
 
 import torch
@@ -15,6 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from optcpu import data
+from optcpu.factories import call_factory, describe, find_factory, nearest
 from optcpu.measure.batches import Batch, Loss, as_batches, units_in
 from optcpu.models import digits_cnn, gpt2_small, mlp
 
@@ -76,7 +74,7 @@ def workload(name: str, *, batch_size: int | None = None, seed: int = 0) -> Work
         if ":" in name:
             return _own(name, batch_size, seed)
     raise ValueError(
-        f"no workload is called {name!r}{_nearest(name, BUILT_IN)}; "
+        f"no workload is called {name!r}{nearest(name, BUILT_IN)}; "
         f"known are {', '.join(BUILT_IN)}, and your own as package.module:factory"
     )
 
@@ -152,23 +150,19 @@ def next_token_loss(logits: Tensor, batch: tuple[Tensor, ...]) -> Tensor:
 
 
 def _own(name: str, batch_size: int | None, seed: int) -> Workload:
-    module_name, _, attribute = name.partition(":")
-    if not module_name or not attribute:
-        raise ValueError(f"{name!r} is incomplete; expected package.module:factory")
-    module = _import(module_name, name)
-    factory = _attribute(module, attribute, name)
+    module, factory = find_factory(name)
     given = {"seed": seed} if batch_size is None else {"seed": seed, "batch_size": batch_size}
     takers = [factory]
-    result = _call(factory, name, given)
+    result = call_factory(factory, name, given)
     if isinstance(result, nn.Module):
         batch = getattr(module, "batch", None)
         if not callable(batch):
             raise TypeError(
                 f"{name} returns a model but no batch to train it on; return (model, batch), or "
-                f"add a function batch() to {module_name}"
+                f"add a function batch() to {module.__name__}"
             )
         takers.append(batch)
-        result = (result, _call(batch, f"{module_name}:batch", given))
+        result = (result, call_factory(batch, f"{module.__name__}:batch", given))
     if batch_size is not None and not any(map(_takes_batch_size, takers)):
         raise ValueError(
             f"a batch size was asked for, but {name} has no parameter batch_size to take it"
@@ -184,11 +178,11 @@ def _as_workload(result: object, name: str) -> Workload:
     ):
         raise TypeError(
             f"{name} must return a Workload, (model, batch), (model, batch, loss) or a model; "
-            f"it returned {_describe(result)}"
+            f"it returned {describe(result)}"
         )
     model, batch, loss = (*result, None)[:3]
     if loss is not None and not callable(loss):
-        raise TypeError(f"the loss of {name} must be callable, got {_describe(loss)}")
+        raise TypeError(f"the loss of {name} must be callable, got {describe(loss)}")
     batches = as_batches(batch)
     return Workload(
         name=name,
@@ -201,69 +195,5 @@ def _as_workload(result: object, name: str) -> Workload:
     )
 
 
-def _import(module_name: str, name: str) -> ModuleType:
-    advice = "expected package.module:factory, importable from the current directory"
-    if module_name.endswith(".py") or "/" in module_name:
-        dotted = module_name.removesuffix(".py").strip("./").replace("/", ".")
-        raise ValueError(
-            f"{module_name!r} in {name!r} is a file, not a module; write {dotted}:factory"
-        )
-    try:
-        return importlib.import_module(module_name)
-    except ModuleNotFoundError as error:
-        # A module that the user's module fails to import is another problem than a wrong name.
-        if error.name and (module_name + ".").startswith(error.name + "."):
-            raise ValueError(f"no module {error.name!r} for {name!r}; {advice}") from error
-        raise ValueError(f"{module_name} cannot be imported: {error}") from error
-    except Exception as error:
-        raise ValueError(
-            f"{module_name} cannot be imported: {type(error).__name__}: {error}"
-        ) from error
-
-
-def _attribute(module: ModuleType, attribute: str, name: str) -> Callable[..., Any]:
-    try:
-        factory = getattr(module, attribute)
-    except AttributeError:
-        public = [key for key, value in vars(module).items() if callable(value) and key[0] != "_"]
-        raise ValueError(
-            f"{module.__name__} has no attribute {attribute!r}{_nearest(attribute, public)}"
-        ) from None
-    if not callable(factory) or isinstance(factory, nn.Module):
-        raise TypeError(f"{name} must be a function, got {_describe(factory)}")
-    result: Callable[..., Any] = factory
-    return result
-
-
-def _call(factory: Callable[..., Any], name: str, given: dict[str, int]) -> object:
-    """Call the user's function with as much of ``given`` as it has parameters for."""
-    parameters = inspect.signature(factory).parameters
-    arguments = {key: value for key, value in given.items() if key in parameters}
-    missing = [
-        parameter.name
-        for parameter in parameters.values()
-        if parameter.default is parameter.empty
-        and parameter.kind not in (parameter.VAR_POSITIONAL, parameter.VAR_KEYWORD)
-        and parameter.name not in arguments
-    ]
-    if missing:
-        raise TypeError(
-            f"{name} needs a value for {', '.join(missing)}; it is called with batch_size (where "
-            "one was asked for) and seed only, so give its parameters defaults"
-        )
-    return factory(**arguments)
-
-
 def _takes_batch_size(factory: Callable[..., Any]) -> bool:
     return "batch_size" in inspect.signature(factory).parameters
-
-
-def _nearest(name: str, known: Sequence[str] | dict[str, Any]) -> str:
-    nearest = difflib.get_close_matches(name, list(known), n=1)
-    return f"; did you mean {nearest[0]!r}?" if nearest else ""
-
-
-def _describe(value: object) -> str:
-    if isinstance(value, tuple):
-        return f"a tuple of ({', '.join(type(item).__name__ for item in value)})"
-    return f"a {type(value).__name__}"
