@@ -1,0 +1,55 @@
+from __future__ import annotations
+
+import json
+import random
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from optcpu.runtime.rng import rng_state, set_rng_state
+from optcpu.runtime.state import Decoder, Encoder
+
+
+def draws() -> list[Any]:
+    return [
+        random.random(),
+        random.gauss(0, 1),
+        np.random.rand(3).tolist(),
+        np.random.randn(),
+        torch.rand(3).tolist(),
+        torch.randn(1).item(),
+        torch.randperm(20).tolist(),
+    ]
+
+
+def test_the_generators_go_on_from_where_they_stood() -> None:
+    draws()  # a number of gauss() and randn() is left in store, which belongs to the state
+    encoder = Encoder()
+    text = json.dumps(encoder.encode(rng_state()))
+    tensors = {name: tensor.clone() for name, tensor in encoder.tensors.items()}
+    first = draws()
+    assert draws() != first
+    set_rng_state(Decoder(tensors).decode(json.loads(text)))
+    assert draws() == first
+
+
+@pytest.mark.parametrize("part", ["python", "numpy", "torch"])
+@pytest.mark.parametrize("wrong", [None, (), {}, torch.zeros(3, dtype=torch.uint8)])
+def test_another_state_is_refused_and_changes_nothing(part: str, wrong: Any) -> None:
+    before = rng_state()
+    draws()
+    state = rng_state()
+    first = draws()
+    set_rng_state(state)
+    with pytest.raises(
+        ValueError, match=r"^this is no state of the random generators \(.+\); it must"
+    ):
+        set_rng_state({**before, part: wrong})
+    assert draws() == first
+
+
+def test_a_state_must_be_complete() -> None:
+    with pytest.raises(ValueError, match="KeyError: 'torch'"):
+        set_rng_state({key: part for key, part in rng_state().items() if key != "torch"})
