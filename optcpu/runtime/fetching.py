@@ -1,0 +1,134 @@
+"""Batches of a dataset, the same in whichever process and after whatever they are fetched."""
+
+from __future__ import annotations
+
+import copy
+import math
+import signal
+import time
+from collections.abc import Callable
+from itertools import islice
+from typing import Any, cast
+
+import torch
+from torch.utils.data import (
+    Dataset,
+    Subset,
+    TensorDataset,
+    default_collate,
+    get_worker_info,
+)
+
+from optcpu.random_state import random_state_kept
+from optcpu.runtime.datasets import SyntheticDataset
+from optcpu.runtime.randomness import seed_everything, stream_key
+from optcpu.runtime.sampling import Batch, ResumableBatchSampler
+from optcpu.runtime.tokens import TokenDataset
+
+Collate = Callable[[list[Any]], Any]
+
+_WORTH_A_WORKER = 2e-3
+_PROBES, _PROBE_SECONDS = 3, 0.2
+
+
+class SeededBatches(Dataset[Any]):
+    """Fetches whole batches of a dataset, for a ``DataLoader`` that leaves collating to it.
+
+    Python's, NumPy's and PyTorch's global generators are seeded from ``seed``, the epoch and the place of
+    the batch in it before its samples are fetched and collated: random augmentation depends neither on the
+    number of worker processes nor on where a run was interrupted. In the main process the generators
+    are put back behind it.
+
+    Datasets of which a batch can be had at once without any random number (``TensorDataset``,
+    :class:`SyntheticDataset`, :class:`TokenDataset`, a ``Subset`` of one) are read in that way.
+
+    Args:
+        dataset: map-style.
+        collate_fn: makes a batch of a list of samples; None is PyTorch's ``default_collate``.
+        seed: of all batches.
+    """
+
+    def __init__(self, dataset: Dataset[Any], collate_fn: Collate | None, seed: int) -> None:
+        self.dataset = dataset
+        self.collate_fn: Collate = default_collate if collate_fn is None else collate_fn
+        self.seed = seed
+        self._at_once = collate_fn is None and can_batch(dataset)
+
+    def __len__(self) -> int:
+        return len(self.dataset)  # type: ignore[arg-type]
+
+    def __getitems__(self, batch: Batch) -> Any:
+        """The collated samples of ``batch``."""
+        try:
+            if self._at_once:
+                return batch_of(self.dataset, batch)
+            if get_worker_info() is not None:
+                return self._fetch(batch)
+            with random_state_kept():
+                return self._fetch(batch)
+        except StopIteration as error:  # would pass for the end of the epoch
+            raise RuntimeError("the dataset raised StopIteration") from error
+
+    def _fetch(self, batch: Batch) -> Any:
+        seed_everything(stream_key(self.seed, batch.epoch, batch.start))
+        samples = getattr(self.dataset, "__getitems__", None)
+        if samples is not None:
+            return self.collate_fn(samples(list(batch)))
+        return self.collate_fn([self.dataset[index] for index in batch])
+
+
+def can_batch(dataset: Dataset[Any]) -> bool:
+    """Whether :func:`batch_of` can read the dataset."""
+    if type(dataset) is Subset:
+        return can_batch(dataset.dataset)
+    return type(dataset) in (TensorDataset, SyntheticDataset, TokenDataset)
+
+
+def batch_of(dataset: Dataset[Any], indices: list[int]) -> list[torch.Tensor]:
+    """What ``default_collate`` makes of these samples."""
+    if isinstance(dataset, Subset):
+        return batch_of(dataset.dataset, [dataset.indices[index] for index in indices])
+    if isinstance(dataset, TensorDataset):
+        rows = torch.tensor(indices)
+        return [tensor.index_select(0, rows) for tensor in dataset.tensors]
+    assert isinstance(dataset, (SyntheticDataset, TokenDataset))
+    return list(dataset.batch(indices))
+
+
+def begin_worker(_: int) -> None:
+    """How a loading process treats signals: Ctrl-C is for the main one, which ends the others."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)
+
+
+def choose_workers(batch_seconds: float, threads: int, step_seconds: float | None = None) -> int:
+    """How many processes shall fetch batches.
+
+    Args:
+        batch_seconds: that the main process takes to fetch one.
+        threads: that training computes with.
+        step_seconds: that training takes for one, None if unknown.
+    """
+    if batch_seconds < _WORTH_A_WORKER:
+        return 0
+    if step_seconds is None:
+        return 1
+    return min(max(threads, 1), math.ceil(batch_seconds / step_seconds))
+
+
+def seconds_per_batch(batches: SeededBatches, sampler: ResumableBatchSampler) -> float:
+    """Measured seconds for fetching a batch in this process: the least of up to three.
+
+    0 if that fails: the error is to come up in training, where its place can be told.
+    """
+    times: list[float] = []
+    try:
+        for batch in islice(copy.copy(sampler), _PROBES):  # the sampler itself stays where it is
+            started = time.perf_counter()
+            batches.__getitems__(cast(Batch, batch))
+            times.append(time.perf_counter() - started)
+            if sum(times) > _PROBE_SECONDS:
+                break
+    except Exception:
+        return 0.0
+    return min(times)
