@@ -16,18 +16,22 @@ if TYPE_CHECKING:
     from optcpu.optim import Lamb, Lookahead
     from optcpu.optimize import optimize, restore
     from optcpu.pipeline import default_passes
+    from optcpu.runtime import DynamicFreezer, SyntheticDataset, Trainer
 
 __version__ = "0.1.0"
 
 __all__ = [
     "Comparison",
     "CompileError",
+    "DynamicFreezer",
     "FallbackWarning",
     "FusedLinearReLU",
     "Inspection",
     "Lamb",
     "Lookahead",
     "OptcpuError",
+    "SyntheticDataset",
+    "Trainer",
     "WorkerError",
     "compare",
     "default_passes",
@@ -38,17 +42,20 @@ __all__ = [
 
 _HOME = {
     "Comparison": "optcpu.compare",
+    "DynamicFreezer": "optcpu.runtime",
     "Inspection": "optcpu.inspect",
     "FusedLinearReLU": "optcpu.layers",
     "Lamb": "optcpu.optim",
     "Lookahead": "optcpu.optim",
+    "SyntheticDataset": "optcpu.runtime",
+    "Trainer": "optcpu.runtime",
     "compare": "optcpu.compare",
     "default_passes": "optcpu.pipeline",
     "inspect": "optcpu.inspect",
     "optimize": "optcpu.optimize",
     "restore": "optcpu.optimize",
 }
-_MODULES = ("data", "models", "optim", "workloads")
+_MODULES = ("data", "models", "optim", "runtime", "workloads")
 
 
 def _imported(module: str) -> ModuleType:

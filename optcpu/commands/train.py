@@ -52,9 +52,9 @@ def _train(arguments: argparse.Namespace) -> int:
     result = trainer.train()
     if trainer.is_first_process:
         Console(highlight=False).print(_summary(result))
-    if result.stopped_by in signal.Signals.__members__:
-        return 128 + signal.Signals[result.stopped_by]
-    return 0
+    if result.stopped_by is None:
+        return 0
+    return 128 + getattr(signal, result.stopped_by, signal.SIGTERM)
 
 
 def _summary(result: TrainingResult) -> str:

@@ -1,0 +1,115 @@
+"""A training run in a file: TOML in, a trainer out."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+from typing import Any
+
+from pydantic import Field
+from torch import nn
+from torch.optim import Optimizer
+
+from optcpu.errors import OptcpuError
+from optcpu.runtime.freezer import DynamicFreezer
+from optcpu.runtime.jobs import job
+from optcpu.runtime.options import Options, TrainerOptions, read_options
+from optcpu.runtime.trainer import Trainer
+
+if sys.version_info >= (3, 11):
+    import tomllib
+else:
+    import tomli as tomllib
+
+
+class FreezingOptions(Options):
+    """Settings of :class:`optcpu.DynamicFreezer`, which documents them."""
+
+    window: int = Field(50, ge=1)
+    percentile: float = Field(50.0, ge=0, le=100)
+    patience: int = Field(2, ge=1)
+    max_freezes: int | None = Field(None, ge=1)
+
+
+class RunConfig(TrainerOptions):
+    """A whole run.
+
+    Attributes:
+        job: what is trained: one of :data:`optcpu.runtime.jobs.BUILT_IN`, or
+            ``"package.module:factory"``.
+        freezing: freeze layers that have converged; None freezes none.
+    """
+
+    job: str
+    freezing: FreezingOptions | None = None
+
+
+def read_config(path: Path, overrides: dict[str, Any] | None = None) -> RunConfig:
+    """The run that a TOML file describes.
+
+    Args:
+        path: of the file.
+        overrides: settings by dotted names, as in ``{"optimizer.lr": 0.01}``, that come before it.
+
+    Raises:
+        OptcpuError: the file cannot be read or is not TOML.
+        ValueError: a setting is unknown or out of range.
+    """
+    try:
+        with path.open("rb") as file:
+            settings = tomllib.load(file)
+    except OSError as error:
+        raise OptcpuError(f"cannot read {path}: {error.strerror}") from error
+    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+        raise OptcpuError(f"{path} is not TOML: {error}") from error
+    for name, value in (overrides or {}).items():
+        _set(settings, name.split("."), value)
+    return read_options(RunConfig, settings, str(path))
+
+
+def parse_override(text: str) -> tuple[str, Any]:
+    """``"optimizer.lr=0.01"`` as name and value; the value is read as TOML, or else as a string.
+
+    Raises:
+        ValueError: there is no ``=``.
+    """
+    name, sign, value = text.partition("=")
+    if not sign or not name.strip():
+        raise ValueError(f"expected NAME=VALUE, as in optimizer.lr=0.01, got {text!r}")
+    try:
+        return name.strip(), tomllib.loads(f"value = {value}")["value"]
+    except tomllib.TOMLDecodeError:
+        return name.strip(), value.strip()
+
+
+def _set(settings: dict[str, Any], path: list[str], value: Any) -> None:
+    *groups, name = path
+    for group in groups:
+        inner = settings.setdefault(group, {})
+        if not isinstance(inner, dict):  # a shorthand, as in optimizer = "lamb"
+            inner = settings[group] = {"folder" if group in ("checkpoints", "log") else "name": inner}
+        settings = inner
+    settings[name] = value
+
+
+def make_trainer(config: RunConfig) -> Trainer:
+    """The trainer for a run."""
+    what = job(config.job, config.seed)
+    settings = {name: getattr(config, name) for name in TrainerOptions.model_fields}
+    optimizer = settings.pop("optimizer")
+    freezing = config.freezing
+
+    def freezer(model: nn.Module, optimizer: Optimizer) -> DynamicFreezer:
+        assert freezing is not None
+        return DynamicFreezer(model, optimizer, **freezing.model_dump())
+
+    return Trainer(
+        what.model,
+        what.train_data,
+        loss=what.loss,
+        validation_data=what.validation_data,
+        metrics=what.metrics,
+        optimizer=optimizer,
+        freezer=None if freezing is None else freezer,
+        **settings,
+    )

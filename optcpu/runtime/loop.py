@@ -1,0 +1,351 @@
+"""The loop of a run: steps, validations, checkpoints, until there is a reason to end."""
+
+from __future__ import annotations
+
+import logging
+import math
+import time
+from collections.abc import Callable, Iterable, Mapping
+from typing import Any
+
+import torch
+from torch.optim.lr_scheduler import ReduceLROnPlateau
+
+from optcpu.errors import OptcpuError
+from optcpu.measure.batches import Batch, Loss
+from optcpu.optimize import compiled_call
+from optcpu.runtime.checkpoint import CheckpointFolder
+from optcpu.runtime.display import Display
+from optcpu.runtime.metrics_log import MetricsLog
+from optcpu.runtime.options import TrainerOptions
+from optcpu.runtime.run import Run
+from optcpu.runtime.signals import StopRequest
+from optcpu.runtime.step import MicroBatches, StepRunner, collect
+from optcpu.runtime.stopping import is_better
+from optcpu.runtime.validation import Metric, validate
+
+logger = logging.getLogger("optcpu.trainer")
+
+
+class TrainingDiverged(OptcpuError):
+    """The loss or the gradient is not finite, and the run is not to go on."""
+
+
+class Loop:
+    """Runs a :class:`Run` to its end, or until it is told to stop.
+
+    Each pass looks at the position alone and does the next thing that is due there, so that a run that
+    goes on from a checkpoint does what it would have done without the interruption.
+
+    Args:
+        run: what is trained.
+        options: how.
+        runner: makes the steps.
+        loss: for validation.
+        validation: batches, drawn anew each time; None validates nothing.
+        metrics: of validation, besides the loss.
+        folder: for checkpoints; None writes none.
+        log: for metrics; None writes none.
+        display: what the user sees.
+        size_of: counts the samples in a batch.
+        total_steps: of the whole run; None if unknown.
+        trainer: given to the callbacks.
+    """
+
+    def __init__(
+        self,
+        run: Run,
+        options: TrainerOptions,
+        runner: StepRunner,
+        *,
+        loss: Loss,
+        validation: Callable[[], Iterable[Batch]] | None,
+        metrics: Mapping[str, Metric],
+        folder: CheckpointFolder | None,
+        log: MetricsLog | None,
+        display: Display,
+        size_of: Callable[[Batch], int],
+        total_steps: int | None,
+        trainer: Any,
+    ) -> None:
+        self._run, self._options, self._runner, self._loss = run, options, runner, loss
+        self._validation, self._metrics = validation, metrics
+        self._folder, self._log, self._display = folder, log, display
+        self._size_of, self._total_steps, self._trainer = size_of, total_steps, trainer
+        self._stop = StopRequest()
+        self._before: dict[str, Any] | None = None  # of the step in progress
+        self._updating = False
+        self._saved = run.position.step  # the step of the last checkpoint, written or loaded
+        self._changed = False  # anything since then
+        self._found_better = False
+        self._interval_started = time.perf_counter()
+        self._interval_samples = 0
+
+    def go(self) -> str | None:
+        """Run to the end.
+
+        Returns:
+            The name of the signal that stopped it; None where it came to its end.
+        """
+        with self._stop.listening():
+            try:
+                return self._go()
+            except Exception as error:
+                self._rescue(error)
+                raise
+
+    def _go(self) -> str | None:
+        while True:
+            self._validate_if_due()
+            self._save_if_due()
+            if self._ended():
+                return None
+            if self._stopped():
+                self._save("stopped")
+                return self._stop.signal or "another process"
+            step = self._run.pending or self.draw()
+            if step is None:
+                self._end_epoch()
+            else:
+                self._make(step)
+
+    def draw(self) -> MicroBatches | None:
+        """The micro-batches of the next step; None at the end of an epoch."""
+        run = self._run
+        self._before = before = run.data_state()
+        raw = run.feed.take(self._options.accumulation_steps)
+        return collect(raw, before, self._size_of, run.world) if raw else None
+
+    def _make(self, step: MicroBatches) -> None:
+        run, position = self._run, self._run.position
+        run.pending = step
+        started, compiled = time.perf_counter(), self._compilations()
+        while not step.complete:
+            if self._stop.signal is not None and run.world.size == 1:
+                return  # the gradient so far goes into the checkpoint
+            self._runner.run_micro_batch(step)
+        norm = self._runner.gradient_norm(step)
+        run.pending = None
+        if step.bad is None:
+            self._updating = True
+            self._runner.update(norm)
+            self._updating = False
+            position.bad_steps = 0
+        else:
+            self._leave_out(step)
+        if not isinstance(run.scheduler, ReduceLROnPlateau):
+            run.scheduler.step()
+        position.step += 1
+        position.samples += step.total
+        position.epoch_ended = False
+        if run.freezer is not None and step.bad is None:
+            run.freezer.step()
+        self._before, self._changed = None, True
+        phase = "step" if self._compilations() == compiled else "compile"
+        run.clock.add(phase, time.perf_counter() - started)
+        self._report(step, norm)
+
+    def _report(self, step: MicroBatches, norm: float | None) -> None:
+        run, position = self._run, self._run.position
+        (loss,) = run.world.sum_numbers(step.loss)
+        row = {"loss": loss, "lr": float(run.optimizer.param_groups[0]["lr"])}
+        if norm is not None:
+            row["grad_norm"] = norm
+        seconds = run.clock.typical("step")
+        rate = None if seconds is None else step.total / seconds
+        self._display.step(position.step, position.epoch, loss, rate, self._seconds_left())
+        position.losses.append(loss)
+        self._interval_samples += step.total
+        if self._log is not None and position.step % self._log_interval == 0:
+            elapsed = time.perf_counter() - self._interval_started
+            row["loss"] = math.fsum(position.losses) / len(position.losses)
+            row["samples_per_second"] = self._interval_samples / elapsed
+            self._log.add("train", position.step, position.epoch, row)
+        if position.step % self._log_interval == 0:
+            position.losses = []
+            self._interval_started, self._interval_samples = time.perf_counter(), 0
+        for callback in run.callbacks:
+            callback.on_step_end(self._trainer, row)
+
+    @property
+    def _log_interval(self) -> int:
+        return 10 if self._options.log is None else self._options.log.every_steps
+
+    def _leave_out(self, step: MicroBatches) -> None:
+        """Do what ``on_nan`` says about a step whose loss or gradient is not finite."""
+        run, options, position = self._run, self._options, self._run.position
+        self._runner.forget_gradients()
+        where = f"in step {position.step + 1}, {step.bad}"
+        position.bad_steps += 1
+        if options.on_nan == "stop" or position.bad_steps > options.max_bad_steps:
+            often = (
+                f" for the {position.bad_steps}th time in a row" if position.bad_steps > 1 else ""
+            )
+            raise TrainingDiverged(
+                f"training has diverged: {where}{often}. Lower the learning rate, clip with "
+                "max_grad_norm, or look at the data; on_nan='skip' or 'rollback' goes on"
+            )
+        if options.on_nan == "skip":
+            self._display.message(f"{where}: the step is skipped")
+            return
+        assert self._folder is not None
+        checkpoint = self._folder.load()
+        assert checkpoint is not None
+        run.load_weights(checkpoint.state)
+        self._display.message(f"{where}: back to the weights of step {checkpoint.step}")
+
+    def _end_epoch(self) -> None:
+        run = self._run
+        if run.position.epoch_ended:
+            raise OptcpuError("the training data are empty: give at least one batch")
+        run.position.epoch += 1
+        run.position.epoch_ended = self._changed = True
+        run.feed.next_epoch()
+        for callback in run.callbacks:
+            callback.on_epoch_end(self._trainer)
+
+    def _finished(self) -> bool:
+        options, position = self._options, self._run.position
+        if options.steps is not None:
+            return position.step >= options.steps
+        return position.epoch >= (options.epochs or 0)
+
+    def _ended(self) -> bool:
+        return self._finished() or self._run.position.stop_reason is not None
+
+    def _stopped(self) -> bool:
+        (wanted,) = self._run.world.sum_numbers(float(self._stop.signal is not None))
+        return wanted > 0
+
+    def _validate_if_due(self) -> None:
+        every, position = self._options.validate_every, self._run.position
+        if self._validation is None or position.step == 0 or position.validated == position.step:
+            return
+        on_time = position.epoch_ended if every is None else position.step % every == 0
+        if on_time or self._finished():
+            self.validate()
+
+    def validate(self) -> dict[str, float] | None:
+        """Validate now, and let early stopping and schedule know; None if interrupted."""
+        run, position = self._run, self._run.position
+        assert self._validation is not None
+        self._display.phase("validation")
+        started = time.perf_counter()
+        run.world.share_from_first(run.model.buffers())
+        results = validate(
+            run.model,
+            self._validation(),
+            self._loss,
+            self._metrics,
+            interrupted=lambda: self._stop.signal is not None and run.world.size == 1,
+        )
+        if results is None:
+            return None
+        run.clock.add("validation", time.perf_counter() - started)
+        position.validated, position.metrics, self._changed = position.step, results, True
+        told = "  ".join(f"{name} {value:.4g}" for name, value in results.items())
+        self._display.message(f"step {position.step}: validation {told}")
+        if self._log is not None:
+            self._log.add("validation", position.step, position.epoch, results)
+        if isinstance(run.scheduler, ReduceLROnPlateau):
+            run.scheduler.step(results["loss"])
+        if run.stopper is not None:
+            position.stop_reason = run.stopper.reason_to_stop(results)
+        self._note_best(results)
+        for callback in run.callbacks:
+            callback.on_validation_end(self._trainer, results)
+        return results
+
+    def _note_best(self, results: dict[str, float]) -> None:
+        options, position = self._options.checkpoints, self._run.position
+        if options is None or options.best is None:
+            return
+        if is_better(results[options.best], position.best, options.mode):
+            position.best = results[options.best]
+            self._found_better = True
+
+    def _save_if_due(self) -> None:
+        if self._folder is None or not self._changed:
+            return
+        position = self._run.position
+        every = self._checkpoint_interval
+        on_time = position.epoch_ended if every is None else position.step % every == 0
+        if (on_time and position.step != self._saved) or self._found_better or self._ended():
+            self._save("on time")
+
+    @property
+    def _checkpoint_interval(self) -> int | None:
+        """Steps between checkpoints; None for the ends of epochs."""
+        assert self._options.checkpoints is not None
+        if self._options.checkpoints.every_steps is not None:
+            return self._options.checkpoints.every_steps
+        if self._options.steps is not None:
+            return max(1, self._options.steps // 10)
+        return None
+
+    def save_first(self) -> None:
+        """Write a checkpoint to roll back to, where there is none yet."""
+        if self._folder is not None and not self._folder.list():
+            self._save("first")
+
+    def _save(self, why: str, *, alone: bool = False) -> None:
+        run, position = self._run, self._run.position
+        if self._folder is None:
+            return
+        self._display.phase("checkpoint")
+        with run.clock.measure("checkpoint"):
+            self._refuse_broken_weights()
+            state = run.state_dict(alone=alone)
+            if run.world.first:
+                path = self._folder.save(state, position.step, best=self._found_better)
+                logger.debug("checkpoint (%s): %s", why, path)
+                for callback in run.callbacks:
+                    callback.on_checkpoint(self._trainer, path)
+        self._saved, self._changed, self._found_better = position.step, False, False
+
+    def _refuse_broken_weights(self) -> None:
+        """A checkpoint that cannot be trained on must not take the place of one that can."""
+        for name, parameter in self._run.model.named_parameters():
+            if not torch.isfinite(parameter.detach()).all():
+                raise TrainingDiverged(
+                    f"after step {self._run.position.step} the weights of {name!r} are not finite, and "
+                    "no checkpoint of them is written: lower the learning rate, clip with "
+                    "max_grad_norm, or look at the data"
+                )
+
+    def _rescue(self, error: Exception) -> None:
+        """Save what is trained so far, as it was before the step that failed."""
+        run = self._run
+        if self._folder is None or self._updating or not run.world.first or not self._changed:
+            return
+        if self._before is not None:
+            self._runner.forget_gradients()
+            run.pending = MicroBatches([], self._before, 0)  # none of them is used
+        try:
+            self._save("rescue", alone=True)
+        except Exception as problem:  # the first error is the one to tell
+            logger.warning(
+                "the state of step %s could not be saved: %s", run.position.step, problem
+            )
+        else:
+            self._display.message(
+                f"step {run.position.step} is saved; then: {type(error).__name__}"
+            )
+
+    def _compilations(self) -> int:
+        call = compiled_call(self._run.model)
+        return 0 if call is None else call.record.regions
+
+    def _seconds_left(self) -> float | None:
+        if self._total_steps is None:
+            return None
+        position, options = self._run.position, self._options
+        left = max(0, self._total_steps - position.step)
+        epochs_left = 1 if options.epochs is None else options.epochs - position.epoch
+
+        def times(every: int | None) -> int:
+            return epochs_left if every is None else math.ceil(left / every)
+
+        validations = 0 if self._validation is None else times(options.validate_every)
+        saves = 0 if self._folder is None else times(self._checkpoint_interval)
+        return self._run.clock.remaining(left, validations, saves)

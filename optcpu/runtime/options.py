@@ -1,0 +1,291 @@
+"""Every setting of a training run, checked before anything starts."""
+
+from __future__ import annotations
+
+import difflib
+from pathlib import Path
+from typing import Any, ClassVar, Literal, TypeVar
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+
+SomeOptions = TypeVar("SomeOptions", bound="Options")
+
+
+class Options(BaseModel):
+    """A group of settings. Unknown names and values out of range are refused.
+
+    Attributes:
+        shorthand: the setting that is meant where a bare value stands for the group, as in
+            ``optimizer="lamb"``.
+    """
+
+    model_config = ConfigDict(extra="forbid", frozen=True, strict=True)
+
+    shorthand: ClassVar[str | None] = None
+
+    @model_validator(mode="before")
+    @classmethod
+    def _read_shorthand(cls, given: Any) -> Any:
+        if cls.shorthand is not None and isinstance(given, (str, Path)):
+            return {cls.shorthand: given}
+        return given
+
+
+class EarlyStopping(Options):
+    """When training ends before its time.
+
+    Attributes:
+        monitor: the metric to watch, as it is called in the results of validation.
+        mode: whether less (``"min"``) or more (``"max"``) of it is better.
+        min_delta: an improvement by no more than this is none.
+        patience: validations without improvement after which training stops.
+        check_finite: stop at once when the metric is NaN or infinite.
+    """
+
+    monitor: str = "loss"
+    mode: Literal["min", "max"] = "min"
+    min_delta: float = Field(0.0, ge=0, allow_inf_nan=False)
+    patience: int = Field(3, ge=1)
+    check_finite: bool = True
+
+
+class Checkpoints(Options):
+    """Where and when the state of training is written.
+
+    Attributes:
+        folder: receives one folder for each checkpoint.
+        every_steps: optimizer steps between two of them; None writes at the end of each epoch, or,
+            in a run counted in steps, ten times in all. One is also written when training ends, is
+            interrupted or terminated.
+        keep_last: how many are kept, besides the best.
+        best: the metric of validation whose best checkpoint is kept; None keeps none.
+        mode: whether less (``"min"``) or more (``"max"``) of it is better.
+    """
+
+    shorthand = "folder"
+
+    folder: Path = Field(strict=False)
+    every_steps: int | None = Field(None, ge=1)
+    keep_last: int = Field(3, ge=1)
+    best: str | None = None
+    mode: Literal["min", "max"] = "min"
+
+
+class LookaheadOptions(Options):
+    """Lookahead around the optimizer; the names are those of :class:`optcpu.Lookahead`."""
+
+    k: int = Field(5, ge=1)
+    alpha: float = Field(0.5, ge=0, le=1)
+    pullback: Literal["none", "reset", "pullback"] = "none"
+
+
+class OptimizerOptions(Options):
+    """An optimizer that the trainer makes.
+
+    Attributes:
+        name: ``"adamw"``, ``"adam"``, ``"sgd"`` (with momentum) or ``"lamb"``.
+        lr: learning rate.
+        weight_decay: None takes the optimizer's own default.
+        betas: of the moments of Adam, AdamW and LAMB; None takes the defaults.
+        momentum: of SGD.
+        lookahead: put :class:`optcpu.Lookahead` around it.
+    """
+
+    shorthand = "name"
+
+    name: Literal["adamw", "adam", "sgd", "lamb"] = "adamw"
+    lr: float = Field(1e-3, gt=0, allow_inf_nan=False)
+    weight_decay: float | None = Field(None, ge=0, allow_inf_nan=False)
+    betas: tuple[float, float] | None = Field(None, strict=False)
+    momentum: float = Field(0.9, ge=0, lt=1)
+    lookahead: LookaheadOptions | None = None
+
+    @model_validator(mode="after")
+    def _betas_are_fractions(self) -> OptimizerOptions:
+        if self.betas is not None and not all(0 <= beta < 1 for beta in self.betas):
+            raise ValueError("betas must lie in [0, 1)")
+        return self
+
+
+class ScheduleOptions(Options):
+    """How the learning rate goes.
+
+    Attributes:
+        name: after the warm-up: ``"constant"``, ``"cosine"`` or ``"linear"`` (down to ``final``).
+        warmup_steps: optimizer steps in which it rises linearly from zero.
+        final: the last learning rate, as a fraction of the highest.
+    """
+
+    shorthand = "name"
+
+    name: Literal["constant", "cosine", "linear"] = "constant"
+    warmup_steps: int = Field(0, ge=0)
+    final: float = Field(0.0, ge=0, le=1)
+
+
+class LogOptions(Options):
+    """What is written down.
+
+    Attributes:
+        folder: receives ``metrics.csv``, ``metrics.jsonl`` and TensorBoard's files.
+        every_steps: optimizer steps between two rows.
+        tensorboard: write for TensorBoard, too; needs the ``tensorboard`` package.
+    """
+
+    shorthand = "folder"
+
+    folder: Path = Field(strict=False)
+    every_steps: int = Field(10, ge=1)
+    tensorboard: bool = False
+
+
+class TrainerOptions(Options):
+    """Settings of :class:`optcpu.Trainer`, which takes them as keyword arguments.
+
+    Attributes:
+        epochs: passes over the training data. Either this or ``steps`` is given.
+        steps: optimizer steps.
+        batch_size: samples in a micro-batch, where the training data are a dataset.
+        accumulation_steps: micro-batches in one optimizer step. The last step of an epoch has fewer
+            where they do not divide it.
+        optimizer: makes the optimizer, where none is given as an object.
+        schedule: of the learning rate, where no scheduler is given as an object.
+        max_grad_norm: clip the gradient to this norm; None leaves it.
+        precision: ``"auto"``, ``"bf16"`` or ``"fp32"``, as in :func:`optcpu.optimize`.
+        weights: how weights are stored, as in :func:`optcpu.optimize`.
+        compile: whether the model is compiled; without it, it runs eagerly.
+        dynamic: compile one graph for all shapes rather than one for each.
+        update_in_backward: update each parameter as soon as its gradient is complete.
+        on_nan: when the loss or the gradient is not finite: ``"stop"`` with an error, ``"skip"`` the
+            step, or ``"rollback"`` to the last checkpoint and go on with the data that come next.
+        max_bad_steps: skipped or rolled-back steps in a row after which training stops all the same.
+        validate_every: optimizer steps between validations; None validates after each epoch.
+        early_stopping: end before the time.
+        checkpoints: write the state of training.
+        resume: ``"auto"`` goes on from the newest checkpoint in the folder, if there is one;
+            ``"never"`` refuses a folder that has one; ``"must"`` refuses one that has none.
+        log: write metrics to files.
+        seed: of shuffling, and of the global random generators at the start; None leaves the latter.
+        threads: to compute with; ``"auto"`` takes the physical cores that this process may use.
+        workers: processes that load data, where the training data are a dataset.
+        drop_last: leave out an incomplete last micro-batch.
+        compress_gradients: send gradients to other processes as BF16, half the bytes.
+        local_steps: optimizer steps that each process makes by itself before all average their weights
+            (local SGD); None adds up the gradients in each step. With Lookahead, this is its ``k``, and
+            the averaged weights move the slow ones.
+        progress: show progress on stderr; None shows a bar on a terminal and a line now and then
+            elsewhere.
+    """
+
+    epochs: int | None = Field(None, ge=1)
+    steps: int | None = Field(None, ge=1)
+    batch_size: int = Field(32, ge=1)
+    accumulation_steps: int = Field(1, ge=1)
+    optimizer: OptimizerOptions = OptimizerOptions()
+    schedule: ScheduleOptions = ScheduleOptions()
+    max_grad_norm: float | None = Field(None, gt=0, allow_inf_nan=False)
+    precision: Literal["auto", "bf16", "fp32"] = "auto"
+    weights: Literal["auto", "fp32", "split", "bf16"] = "auto"
+    compile: bool = True
+    dynamic: bool = False
+    update_in_backward: bool = False
+    on_nan: Literal["stop", "skip", "rollback"] = "stop"
+    max_bad_steps: int = Field(10, ge=1)
+    validate_every: int | None = Field(None, ge=1)
+    early_stopping: EarlyStopping | None = None
+    checkpoints: Checkpoints | None = None
+    resume: Literal["auto", "never", "must"] = "auto"
+    log: LogOptions | None = None
+    seed: int | None = Field(0, ge=0)
+    threads: int | Literal["auto"] = Field("auto")
+    workers: int | Literal["auto"] = Field("auto")
+    drop_last: bool = False
+    compress_gradients: bool = False
+    local_steps: int | None = Field(None, ge=1)
+    progress: bool | None = None
+
+    @model_validator(mode="after")
+    def _settings_agree(self) -> TrainerOptions:
+        if (self.epochs is None) == (self.steps is None):
+            given = "both" if self.epochs is not None else "none"
+            raise ValueError(f"give either epochs or steps, not {given} of them")
+        for name, least in (("threads", 1), ("workers", 0)):
+            value = getattr(self, name)
+            if isinstance(value, int) and value < least:
+                raise ValueError(f"{name} must be at least {least}, or 'auto'")
+        if self.update_in_backward and self.max_grad_norm is not None:
+            raise ValueError(
+                "update_in_backward and max_grad_norm exclude each other: the norm of the whole "
+                "gradient is known only when backward has ended; leave one of them out"
+            )
+        if self.update_in_backward and self.on_nan == "skip":
+            raise ValueError(
+                "update_in_backward and on_nan='skip' exclude each other: the weights have been "
+                "updated when a gradient turns out bad; take on_nan='rollback'"
+            )
+        lookahead = self.optimizer.lookahead
+        if self.local_steps is not None and lookahead is not None:
+            if lookahead.k != self.local_steps:
+                raise ValueError(
+                    f"local_steps is {self.local_steps}, and lookahead.k is {lookahead.k}: processes "
+                    "average their weights when the slow ones move; give both the same number"
+                )
+        if self.on_nan == "rollback" and self.checkpoints is None:
+            raise ValueError("on_nan='rollback' needs checkpoints to roll back to")
+        if self.resume == "must" and self.checkpoints is None:
+            raise ValueError("resume='must' needs checkpoints to resume from")
+        return self
+
+
+def read_options(kind: type[SomeOptions], given: dict[str, Any], what: str) -> SomeOptions:
+    """The options of a ``kind`` that ``given`` describes.
+
+    Args:
+        kind: which group of settings.
+        given: names and values.
+        what: what they are called in messages, as in ``"Trainer"``.
+
+    Raises:
+        ValueError: naming each setting that is unknown or has a value that it cannot have.
+    """
+    try:
+        return kind.model_validate(given)
+    except ValidationError as error:
+        problems = dict.fromkeys(_problem(kind, dict(one)) for one in error.errors())
+        raise ValueError(f"{what}: {'; '.join(problems)}") from None
+
+
+def _problem(kind: type[Options], error: dict[str, Any]) -> str:
+    # For a union, pydantic adds the branch that it tried, as in ("threads", "int").
+    path = [str(part) for part in error["loc"]]
+    while (
+        len(path) > 1
+        and error["type"] != "extra_forbidden"
+        and path[-1] not in _names_at(kind, path[:-1])
+    ):
+        path.pop()
+    name = ".".join(path)
+    if error["type"] == "extra_forbidden":
+        known = _names_at(kind, path[:-1])
+        near = difflib.get_close_matches(path[-1], known, n=1)
+        hint = f"did you mean {near[0]!r}?" if near else f"known are {', '.join(known)}"
+        return f"there is no setting {name!r}; {hint}"
+    if error["type"] == "value_error" and not path:
+        return str(error["ctx"]["error"])
+    if error["type"] == "value_error":
+        return f"{name}: {error['ctx']['error']}"
+    message = str(error["msg"])
+    return f"{name} is {error['input']!r}; {message[:1].lower()}{message[1:]}"
+
+
+def _names_at(kind: type[Options], path: list[str]) -> list[str]:
+    """The settings of the group that ``path`` leads to."""
+    for part in path:
+        if part not in kind.model_fields:
+            continue  # pydantic names the branch of a union, too
+        annotation = kind.model_fields[part].annotation
+        groups = [annotation, *getattr(annotation, "__args__", ())]
+        inner = [g for g in groups if isinstance(g, type) and issubclass(g, Options)]
+        if inner:
+            kind = inner[0]
+    return list(kind.model_fields)

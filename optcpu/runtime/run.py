@@ -1,0 +1,195 @@
+"""Everything that belongs to a training run, and its state as a checkpoint holds it."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, field
+from typing import Any
+
+import torch
+from torch import nn
+from torch.optim import Optimizer
+from torch.optim.lr_scheduler import LRScheduler
+
+from optcpu.errors import OptcpuError
+from optcpu.runtime.callbacks import Callback
+from optcpu.runtime.clock import Clock
+from optcpu.runtime.freezer import DynamicFreezer
+from optcpu.runtime.loading import Feed
+from optcpu.runtime.rng import rng_state, set_rng_state
+from optcpu.runtime.step import MicroBatches, gradients_by_name, restore_gradients
+from optcpu.runtime.stopping import Stopper
+from optcpu.runtime.world import World
+
+
+@dataclass
+class Position:
+    """How far a run is.
+
+    Attributes:
+        step: optimizer steps made, those that were skipped as bad included.
+        epoch: epochs ended.
+        samples: that went into those steps, over all processes.
+        epoch_ended: whether no step was made since an epoch ended.
+        validated: the step after which the last validation was; -1 before the first.
+        metrics: what that validation gave.
+        best: the best value of the metric that decides which checkpoint is kept.
+        bad_steps: how many steps in a row were bad.
+        stop_reason: why the run has ended before its time.
+        losses: of the steps since the last row of the log.
+    """
+
+    step: int = 0
+    epoch: int = 0
+    samples: int = 0
+    epoch_ended: bool = False
+    validated: int = -1
+    metrics: dict[str, float] = field(default_factory=dict)
+    best: float | None = None
+    bad_steps: int = 0
+    stop_reason: str | None = None
+    losses: list[float] = field(default_factory=list)
+
+
+@dataclass
+class Run:
+    """The parts of a run that have a state.
+
+    Attributes:
+        model: as the user gave it, compiled or not.
+        optimizer: of its parameters.
+        scheduler: of the learning rate.
+        feed: the training data.
+        world: the processes that train together.
+        freezer: None without freezing.
+        stopper: None without early stopping.
+        callbacks: the user's.
+        clock: where the time went.
+        position: how far the run is.
+        pending: a step whose micro-batches are used in part.
+    """
+
+    model: nn.Module
+    optimizer: Optimizer
+    scheduler: LRScheduler
+    feed: Feed
+    world: World
+    freezer: DynamicFreezer | None
+    stopper: Stopper | None
+    callbacks: Sequence[Callback]
+    clock: Clock = field(default_factory=Clock)
+    position: Position = field(default_factory=Position)
+    pending: MicroBatches | None = None
+
+    def data_state(self) -> dict[str, Any]:
+        """Where data and random generators of this process stand."""
+        return {"feed": self.feed.state_dict(), "rng": rng_state()}
+
+    def state_dict(self, *, alone: bool = False) -> dict[str, Any]:
+        """The state of the whole run, in this process; tensors are not copied.
+
+        Args:
+            alone: do not ask the other processes for where their data and generators stand.
+        """
+        mine = self.data_state()
+        pending = self.pending
+        if pending is not None and pending.done == 0:
+            mine, pending = pending.before, None
+        return {
+            "model": self.model.state_dict(),
+            "optimizer": self.optimizer.state_dict(),
+            "scheduler": self.scheduler.state_dict(),
+            "freezer": None if self.freezer is None else self.freezer.state_dict(),
+            "stopper": None if self.stopper is None else self.stopper.state_dict(),
+            "callbacks": [callback.state_dict() for callback in self.callbacks],
+            "clock": self.clock.state_dict(),
+            "position": asdict(self.position),
+            "processes": [mine] if alone else self.world.gather(mine),
+            "pending": None if pending is None else self._pending_state(pending),
+        }
+
+    def _pending_state(self, pending: MicroBatches) -> dict[str, Any]:
+        return {
+            "before": pending.before,
+            "batches": len(pending.batches),
+            "done": pending.done,
+            "loss": pending.loss,
+            "gradients": gradients_by_name(self.model),
+        }
+
+    def load_weights(self, state: dict[str, Any]) -> None:
+        """Model, optimizer and freezer as they were.
+
+        Raises:
+            OptcpuError: they are of another model.
+        """
+        if self.freezer is not None and state["freezer"] is not None:
+            self.freezer.load_state_dict(state["freezer"])
+        try:
+            self.model.load_state_dict(state["model"])
+        except RuntimeError as error:
+            raise OptcpuError(
+                f"the checkpoint is of another model ({' '.join(str(error).split())}): choose another "
+                "folder for checkpoints, or give the trainer that model"
+            ) from error
+        self.optimizer.load_state_dict(state["optimizer"])
+        self.optimizer.zero_grad(set_to_none=True)
+
+    def load_state_dict(self, state: dict[str, Any]) -> dict[str, Any] | None:
+        """The whole run as it was.
+
+        Returns:
+            What :meth:`state_dict` noted of a step that was begun: its micro-batches have to be drawn
+            anew, before :meth:`restore_generators` is called. Else None.
+
+        Raises:
+            OptcpuError: the checkpoint is of a run that had other parts.
+        """
+        for name in ("freezer", "stopper"):
+            if (state[name] is None) != (getattr(self, name) is None):
+                there, here = ("without", "has") if state[name] is None else ("with", "has no")
+                raise OptcpuError(
+                    f"the checkpoint is of a run {there} a {name}, and this run {here} one: give the "
+                    "trainer the settings of that run, or another folder for checkpoints"
+                )
+        if len(state["callbacks"]) != len(self.callbacks):
+            raise OptcpuError(
+                f"the checkpoint is of a run with {len(state['callbacks'])} callbacks, this one has "
+                f"{len(self.callbacks)}: give the trainer the same ones"
+            )
+        self.load_weights(state)
+        self.scheduler.load_state_dict(state["scheduler"])
+        if self.stopper is not None:
+            self.stopper.load_state_dict(state["stopper"])
+        for callback, saved in zip(self.callbacks, state["callbacks"], strict=True):
+            callback.load_state_dict(saved)
+        self.clock.load_state_dict(state["clock"])
+        self.position = Position(**state["position"])
+        pending: dict[str, Any] | None = state["pending"]
+        self._load_data(self._own(state) if pending is None else pending["before"])
+        return pending
+
+    def resume_step(self, pending: dict[str, Any], step: MicroBatches, rng: dict[str, Any]) -> None:
+        """Go on in the middle of a step whose micro-batches have been drawn anew."""
+        if len(step.batches) != pending["batches"]:
+            raise OptcpuError(
+                f"the checkpoint was written in a step of {pending['batches']} micro-batches, and the "
+                f"data now give {len(step.batches)}: go on with the same data and accumulation_steps"
+            )
+        step.done, step.loss = pending["done"], pending["loss"]
+        restore_gradients(self.model, pending["gradients"])
+        set_rng_state(rng)
+        self.pending = step
+
+    def _own(self, state: dict[str, Any]) -> dict[str, Any]:
+        processes: list[dict[str, Any]] = state["processes"]
+        if self.world.rank < len(processes):
+            return processes[self.world.rank]
+        # A process that was not there draws random numbers that no other one draws.
+        torch.manual_seed(torch.initial_seed() + self.world.rank + state["position"]["step"])
+        return {"feed": processes[0]["feed"], "rng": rng_state()}
+
+    def _load_data(self, saved: dict[str, Any]) -> None:
+        set_rng_state(saved["rng"])
+        self.feed.load_state_dict(saved["feed"])
+        set_rng_state(saved["rng"])

@@ -1,0 +1,162 @@
+"""One optimizer step: its micro-batches, their gradients, the update."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.optim import Optimizer
+
+from optcpu.errors import OptcpuError
+from optcpu.measure.batches import Batch, Loss, as_batches, call_model, describe_call, units_in
+from optcpu.runtime.world import World
+
+
+@dataclass
+class MicroBatches:
+    """The micro-batches of one optimizer step, and how far they are used.
+
+    Attributes:
+        batches: as :mod:`optcpu.measure.batches` describes them.
+        before: the state of data and random generators from which they were drawn.
+        total: samples in all of them, over all processes.
+        done: how many of them have gone through forward and backward.
+        loss: the sum of their losses, each times its share of ``total``.
+        bad: why the step must not be made, in words; None while all is well.
+    """
+
+    batches: list[Batch]
+    before: dict[str, Any]
+    total: int
+    done: int = 0
+    loss: float = 0.0
+    bad: str | None = None
+    sizes: list[int] = field(default_factory=list)
+
+    @property
+    def complete(self) -> bool:
+        """Whether the gradient is."""
+        return self.done == len(self.batches) or self.bad is not None
+
+
+def collect(
+    raw: list[Any], before: dict[str, Any], size_of: Callable[[Batch], int], world: World
+) -> MicroBatches:
+    """Make the batches that a loader gave those of one step.
+
+    Raises:
+        TypeError, ValueError: one of them is no batch.
+    """
+    batches = [as_batches(tuple(one) if isinstance(one, list) else one)[0] for one in raw]
+    sizes = [size_of(batch) for batch in batches]
+    if min(sizes) < 1:
+        raise ValueError(f"a micro-batch counts {min(sizes)} samples; at least 1 was expected")
+    (total,) = world.sum_numbers(float(sum(sizes)))
+    return MicroBatches(batches, before, int(total), sizes=sizes)
+
+
+class StepRunner:
+    """Runs micro-batches and updates.
+
+    The gradient of a step is that of the mean loss over all its samples: each micro-batch counts by
+    its size, so that an incomplete one at the end of an epoch does not count for more than it holds.
+
+    Args:
+        model: in training mode.
+        optimizer: of its parameters.
+        loss: of an output and its batch: the mean over the batch.
+        world: the processes that train together.
+        max_grad_norm: clip the gradient to this norm; None leaves it.
+        check_gradients: look whether the gradient is finite, also where no norm is needed.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        optimizer: Optimizer,
+        loss: Loss,
+        world: World,
+        *,
+        max_grad_norm: float | None,
+        check_gradients: bool,
+    ) -> None:
+        self._model, self._optimizer, self._loss, self._world = model, optimizer, loss, world
+        self._max_grad_norm, self._check_gradients = max_grad_norm, check_gradients
+
+    def run_micro_batch(self, step: MicroBatches) -> None:
+        """Forward and backward of the next micro-batch of ``step``; its gradient is added."""
+        batch = step.batches[step.done]
+        loss = self._loss(call_model(self._model, batch), batch)
+        if not isinstance(loss, Tensor) or loss.numel() != 1:
+            what = tuple(loss.shape) if isinstance(loss, Tensor) else type(loss).__name__
+            raise TypeError(
+                f"the loss must be a tensor with one number, the mean over the batch, not {what}"
+            )
+        value = loss.item()
+        if not math.isfinite(value):
+            step.bad = f"the loss of {describe_call(batch)} is {value}"
+            step.loss = value
+            return
+        share = step.sizes[step.done] / step.total
+        (loss if share == 1 else loss * share).backward()  # type: ignore[no-untyped-call]
+        step.loss += value * share
+        step.done += 1
+
+    def gradient_norm(self, step: MicroBatches) -> float | None:
+        """Make the gradient that of all processes; its norm where it is needed.
+
+        A gradient that is not finite makes ``step`` bad.
+        """
+        self._agree_on_failure(step)
+        if step.bad is not None:
+            return None
+        gradients = self._world.sum_gradients(self._model)
+        if self._max_grad_norm is None and not self._check_gradients:
+            return None
+        norm = torch.nn.utils.get_total_norm([g.detach() for g in gradients]).item()
+        if not math.isfinite(norm):
+            step.bad = f"the norm of the gradient is {norm}"
+        return norm
+
+    def update(self, norm: float | None) -> None:
+        """Clip, update, and forget the gradient."""
+        limit = self._max_grad_norm
+        if limit is not None and norm is not None and norm > limit:
+            # One pass over the gradients, and only where they are too large.
+            gradients = [p.grad for p in self._model.parameters() if p.grad is not None]
+            torch._foreach_mul_(gradients, limit / (norm + 1e-6))
+        self._optimizer.step()
+        self.forget_gradients()
+
+    def forget_gradients(self) -> None:
+        """Free all gradients."""
+        self._optimizer.zero_grad(set_to_none=True)
+        self._model.zero_grad(set_to_none=True)  # parameters that the optimizer does not have
+
+    def _agree_on_failure(self, step: MicroBatches) -> None:
+        (failed,) = self._world.sum_numbers(float(step.bad is not None))
+        if failed and step.bad is None:
+            step.bad = "another process met a loss that is not finite"
+
+
+def gradients_by_name(model: nn.Module) -> dict[str, Tensor]:
+    """The gradients that are there, by the names of their parameters."""
+    return {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
+
+
+def restore_gradients(model: nn.Module, gradients: dict[str, Tensor]) -> None:
+    """Put back what :func:`gradients_by_name` gave."""
+    parameters = dict(model.named_parameters())
+    for name, gradient in gradients.items():
+        if name not in parameters:
+            raise OptcpuError(f"the checkpoint has a gradient for {name!r}, which the model lacks")
+        parameters[name].grad = gradient.clone()
+
+
+def samples_in(batch: Batch) -> int:
+    """The size of a batch where the user does not say otherwise."""
+    return units_in(batch)

@@ -1,0 +1,413 @@
+"""``Trainer``: the training loop around the compiled graph."""
+
+from __future__ import annotations
+
+import contextlib
+import random
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from torch import nn
+from torch.optim import Optimizer
+from torch.optim.lr_scheduler import LRScheduler, ReduceLROnPlateau
+
+from optcpu.errors import OptcpuError, warn
+from optcpu.measure.batches import Batch, Loss, default_loss
+from optcpu.optim.base import StoredOptimizer
+from optcpu.optim.lookahead import Lookahead
+from optcpu.optimize import compiled_call, optimize
+from optcpu.runtime.build import make_optimizer, steps_per_epoch, threads_for
+from optcpu.runtime.callbacks import Callback
+from optcpu.runtime.checkpoint import CheckpointFolder
+from optcpu.runtime.display import Display
+from optcpu.runtime.freezer import DynamicFreezer
+from optcpu.runtime.loading import Feed, evaluation_batches
+from optcpu.runtime.loop import Loop
+from optcpu.runtime.metrics_log import MetricsLog
+from optcpu.runtime.options import OptimizerOptions, ScheduleOptions, TrainerOptions, read_options
+from optcpu.runtime.run import Run
+from optcpu.runtime.schedule import make_schedule
+from optcpu.runtime.step import StepRunner, samples_in
+from optcpu.runtime.stopping import Stopper
+from optcpu.runtime.validation import Metric, check_metrics, validate
+from optcpu.runtime.world import World
+from passes.base import Pass, Rewrite
+
+
+@dataclass(frozen=True)
+class TrainingResult:
+    """How a run ended.
+
+    Attributes:
+        steps: optimizer steps made, over all sessions of the run.
+        epochs: epochs ended.
+        samples: that went into those steps.
+        metrics: of the last validation.
+        best: the best value of ``checkpoints.best``; None if nothing is watched.
+        stopped_by: a signal's name; None where the run came to its end.
+        stop_reason: why it ended before its time, in words; None where it did not.
+        seconds: spent in steps, in compiling, validation and checkpoints, over all sessions.
+    """
+
+    steps: int
+    epochs: int
+    samples: int
+    metrics: dict[str, float]
+    best: float | None
+    stopped_by: str | None
+    stop_reason: str | None
+    seconds: dict[str, float]
+
+
+class Trainer:
+    """Trains a model: ``Trainer(model, loader, epochs=5, accumulation_steps=8).train()``.
+
+    The model is compiled by :func:`optcpu.optimize`, with its optimizer. A run that writes checkpoints
+    and is interrupted, killed or loses power goes on from the newest one when the same program is
+    started again, and ends with the same bits as one that was not.
+
+    Args:
+        model: any module with FP32 parameters on the CPU.
+        train_data: a ``DataLoader``, a dataset (which is shuffled, and cut into micro-batches of
+            ``batch_size``), or any iterable of batches that can be gone through anew each epoch;
+            :mod:`optcpu.measure.batches` says what a batch may be.
+        loss: ``loss(output, batch)``, the mean over the batch; None takes the one that belongs to the
+            output (:func:`optcpu.measure.batches.default_loss`).
+        validation_data: as ``train_data``; not shuffled.
+        metrics: of validation: names of :data:`optcpu.runtime.validation.BUILT_IN`, or a mapping of
+            names to functions ``(output, batch) -> number`` or metrics of torchmetrics.
+        optimizer: an optimizer of the model's parameters, or the settings of one
+            (:class:`optcpu.runtime.options.OptimizerOptions`), or only its name.
+        lr: learning rate, where ``optimizer`` is no object.
+        scheduler: any of PyTorch's for ``optimizer``, a function that makes one from it, or the settings
+            of one (:class:`optcpu.runtime.options.ScheduleOptions`), or only its name. It steps after
+            each optimizer step (``ReduceLROnPlateau`` after each validation).
+        freezer: makes the freezer from model and optimizer, as ``lambda model, optimizer:
+            optcpu.DynamicFreezer(model, optimizer, window=50)``.
+        callbacks: called at the stations of the run.
+        passes: the passes of the compiler, as in :func:`optcpu.optimize`.
+        state_dtype: of the optimizer, as in :func:`optcpu.optimize`.
+        size_of: how many samples (or tokens) a batch counts as; by default the first dimension of its
+            first tensor. The loss of each micro-batch counts by this.
+        collate_fn: makes a batch of samples, where the data are a dataset.
+        **options: all fields of :class:`optcpu.runtime.options.TrainerOptions`.
+
+    Attributes:
+        model: as given.
+        optimizer: what updates it.
+        options: the settings, checked.
+
+    Raises:
+        ValueError: a setting is unknown, out of range, or excludes another.
+        TypeError: an argument is of the wrong kind.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        train_data: Any,
+        *,
+        loss: Loss | None = None,
+        validation_data: Any = None,
+        metrics: Mapping[str, Metric] | Sequence[str] = (),
+        optimizer: Optimizer | OptimizerOptions | Mapping[str, Any] | str | None = None,
+        lr: float | None = None,
+        scheduler: Any = None,
+        freezer: Callable[[nn.Module, Optimizer], DynamicFreezer] | None = None,
+        callbacks: Sequence[Callback] = (),
+        passes: Sequence[Pass | Rewrite] | None = None,
+        state_dtype: torch.dtype | None = None,
+        size_of: Callable[[Batch], int] = samples_in,
+        collate_fn: Callable[[list[Any]], Any] | None = None,
+        **options: Any,
+    ) -> None:
+        if not isinstance(model, nn.Module):
+            raise TypeError(f"model must be a torch.nn.Module, not {type(model).__name__}")
+        if isinstance(optimizer, Optimizer) and lr is not None:
+            raise ValueError("lr is for an optimizer that the trainer makes; set it in yours")
+        settings = dict(options)
+        if not isinstance(optimizer, Optimizer):
+            settings["optimizer"] = _optimizer_settings(optimizer, lr)
+        if isinstance(scheduler, (str, Mapping, ScheduleOptions)):
+            settings["schedule"] = scheduler
+        self.options = read_options(TrainerOptions, settings, "Trainer")
+        self.model = model
+        self._loss: Loss = default_loss if loss is None else loss
+        self._metrics = check_metrics(metrics)
+        self._check_monitors(validation_data is not None)
+        self._callbacks = _checked_callbacks(callbacks)
+        self._size_of = size_of
+        self._world = World.join(compress=self.options.compress_gradients)
+        self._threads = threads_for(self.options, self._world.local_size)
+        self._feed = Feed(
+            train_data,
+            batch_size=self.options.batch_size,
+            seed=self.options.seed,
+            workers=self.options.workers,
+            drop_last=self.options.drop_last,
+            collate_fn=collate_fn,
+            rank=self._world.rank,
+            world_size=self._world.size,
+        )
+        self._validation: Callable[[], Iterable[Batch]] | None = None
+        if validation_data is not None:
+            self._validation = evaluation_batches(
+                validation_data, self.options.batch_size, collate_fn
+            )
+        self.optimizer = self._prepare(optimizer, passes, state_dtype)
+        self._total_steps = self._count_steps()
+        self._scheduler = self._make_scheduler(scheduler)
+        self._freezer = None if freezer is None else freezer(model, self.optimizer)
+        if self._freezer is not None and not isinstance(self._freezer, DynamicFreezer):
+            raise TypeError(
+                f"freezer must make a DynamicFreezer, not {type(self._freezer).__name__}"
+            )
+
+    @property
+    def is_first_process(self) -> bool:
+        """Whether this process writes files and shows progress; others are there under torchrun only."""
+        return self._world.first
+
+    def _prepare(
+        self,
+        optimizer: Any,
+        passes: Sequence[Pass | Rewrite] | None,
+        state_dtype: torch.dtype | None,
+    ) -> Optimizer:
+        """The optimizer, with the model compiled."""
+        options = self.options
+        made: Optimizer = (
+            optimizer
+            if isinstance(optimizer, Optimizer)
+            else make_optimizer(self.model, options.optimizer)
+        )
+        if options.compile and compiled_call(self.model) is None:
+            optimize(
+                self.model,
+                made,
+                precision=options.precision,
+                passes=passes,
+                dynamic=options.dynamic,
+                weights=options.weights,
+                state_dtype=state_dtype,
+            )
+        if options.update_in_backward:
+            inner = made.optimizer if isinstance(made, Lookahead) else made
+            if not isinstance(inner, StoredOptimizer):
+                raise ValueError(
+                    f"update_in_backward needs an optimizer of optcpu.optim, not {type(inner).__name__}"
+                )
+            inner.update_in_backward(options.accumulation_steps)
+        return made
+
+    def _count_steps(self) -> int | None:
+        if self.options.steps is not None:
+            return self.options.steps
+        per_epoch = steps_per_epoch(self._feed.length, self.options.accumulation_steps)
+        return None if per_epoch is None else per_epoch * (self.options.epochs or 0)
+
+    def _make_scheduler(self, scheduler: Any) -> LRScheduler:
+        if isinstance(scheduler, (LRScheduler, ReduceLROnPlateau)):
+            return scheduler
+        if callable(scheduler):
+            made = scheduler(self.optimizer)
+            if not isinstance(made, LRScheduler):
+                raise TypeError(f"scheduler must make a scheduler, not {type(made).__name__}")
+            return made
+        if scheduler is None or isinstance(scheduler, (str, Mapping, ScheduleOptions)):
+            return make_schedule(self.optimizer, self.options.schedule, self._total_steps)
+        raise TypeError(
+            "scheduler must be one of PyTorch's, a function that makes one of an optimizer, or settings; "
+            f"not {type(scheduler).__name__}"
+        )
+
+    def _check_monitors(self, validates: bool) -> None:
+        monitors = {
+            "early_stopping.monitor": self.options.early_stopping
+            and self.options.early_stopping.monitor,
+            "checkpoints.best": self.options.checkpoints and self.options.checkpoints.best,
+        }
+        known = ["loss", *self._metrics]
+        for name, monitor in monitors.items():
+            if monitor is None:
+                continue
+            if not validates:
+                raise ValueError(f"{name} = {monitor!r} needs validation_data")
+            if monitor not in known:
+                raise ValueError(
+                    f"{name} is {monitor!r}, but validation gives {', '.join(known)}: add it to metrics"
+                )
+
+    def train(self) -> TrainingResult:
+        """Train to the end, or go on from the newest checkpoint to the end.
+
+        SIGINT (Ctrl-C) and SIGTERM end it after the micro-batch at work, with a checkpoint.
+
+        Raises:
+            TrainingDiverged: the loss or the gradient is not finite, and ``on_nan`` is ``"stop"``.
+            OptcpuError: data, checkpoints or log cannot be read or written.
+        """
+        torch.set_num_threads(self._threads)
+        was_training = self.model.training
+        self.model.train()
+        try:
+            return self._train()
+        finally:
+            self.model.train(was_training)
+
+    def _train(self) -> TrainingResult:
+        options, world = self.options, self._world
+        stopper = None if options.early_stopping is None else Stopper(options.early_stopping)
+        run = Run(
+            self.model,
+            self.optimizer,
+            self._scheduler,
+            self._feed,
+            world,
+            self._freezer,
+            stopper,
+            self._callbacks,
+        )
+        folder = self._open_folder()
+        saved = None if folder is None else folder.load()
+        if saved is None:
+            if options.resume == "must":
+                raise OptcpuError(
+                    f"resume is 'must', but {options.checkpoints and options.checkpoints.folder} holds "
+                    "no checkpoint"
+                )
+            self._seed()
+            self._share_weights()
+            pending = None
+        elif options.resume == "never":
+            raise OptcpuError(
+                f"resume is 'never', but {saved.path.parent} holds a checkpoint of step {saved.step}: "
+                "choose another folder, or remove it"
+            )
+        else:
+            pending = run.load_state_dict(saved.state)
+        shown = options.progress if world.first else False
+        with (
+            contextlib.closing(_Log(options, run.position.step, world)) as log,
+            Display(shown, self._total_steps, run.position.step) as display,
+        ):
+            loop = Loop(
+                run,
+                options,
+                self._runner(),
+                loss=self._loss,
+                validation=self._validation,
+                metrics=self._metrics,
+                folder=folder,
+                log=log.file,
+                display=display,
+                size_of=self._size_of,
+                total_steps=self._total_steps,
+                trainer=self,
+            )
+            if saved is not None:
+                display.message(f"going on from {saved.path}")
+                if pending is not None:
+                    step = loop.draw()
+                    assert step is not None
+                    run.resume_step(pending, step, saved.state["processes"][0]["rng"])
+            if options.on_nan == "rollback":
+                loop.save_first()
+            for callback in self._callbacks:
+                callback.on_train_begin(self)
+            stopped_by = loop.go()
+        position = run.position
+        result = TrainingResult(
+            steps=position.step,
+            epochs=position.epoch,
+            samples=position.samples,
+            metrics=position.metrics,
+            best=position.best,
+            stopped_by=stopped_by,
+            stop_reason=position.stop_reason,
+            seconds=dict(run.clock.seconds),
+        )
+        for callback in self._callbacks:
+            callback.on_train_end(self, result)
+        return result
+
+    def validate(self) -> dict[str, float]:
+        """``"loss"`` and the metrics on the validation data, with the weights as they are.
+
+        Raises:
+            OptcpuError: there are no validation data.
+        """
+        if self._validation is None:
+            raise OptcpuError("there is nothing to validate on: give the trainer validation_data")
+        results = validate(self.model, self._validation(), self._loss, self._metrics)
+        assert results is not None
+        return results
+
+    def _runner(self) -> StepRunner:
+        return StepRunner(
+            self.model,
+            self.optimizer,
+            self._loss,
+            self._world,
+            max_grad_norm=self.options.max_grad_norm,
+            check_gradients=self.options.on_nan == "skip",
+        )
+
+    def _open_folder(self) -> CheckpointFolder | None:
+        options = self.options.checkpoints
+        return None if options is None else CheckpointFolder(options.folder, options.keep_last)
+
+    def _seed(self) -> None:
+        seed = self.options.seed
+        if seed is not None:
+            torch.manual_seed(seed + self._world.rank)
+            random.seed(seed + self._world.rank)
+            np.random.seed((seed + self._world.rank) % 2**32)
+
+    def _share_weights(self) -> None:
+        """Begin with the same weights in all processes."""
+        self._world.share_from_first([*self.model.parameters(), *self.model.buffers()])
+
+
+class _Log:
+    """The metrics log of the first process, if one is wanted."""
+
+    def __init__(self, options: TrainerOptions, step: int, world: World) -> None:
+        self.file: MetricsLog | None = None
+        if options.log is not None and world.first:
+            self.file = MetricsLog(
+                options.log.folder, tensorboard=options.log.tensorboard, after_step=step
+            )
+
+    def close(self) -> None:
+        if self.file is not None:
+            self.file.close()
+
+
+def _optimizer_settings(optimizer: Any, lr: float | None) -> dict[str, Any]:
+    if optimizer is None:
+        settings: dict[str, Any] = {}
+    elif isinstance(optimizer, str):
+        settings = {"name": optimizer}
+    elif isinstance(optimizer, OptimizerOptions):
+        settings = optimizer.model_dump()
+    elif isinstance(optimizer, Mapping):
+        settings = dict(optimizer)
+    else:
+        raise TypeError(
+            "optimizer must be a torch.optim.Optimizer, its settings or its name, not "
+            f"{type(optimizer).__name__}"
+        )
+    return settings if lr is None else {**settings, "lr": lr}
+
+
+def _checked_callbacks(callbacks: Sequence[Callback]) -> list[Callback]:
+    for callback in callbacks:
+        if not isinstance(callback, Callback):
+            raise TypeError(
+                f"callbacks must be optcpu.runtime.Callback objects, not {type(callback).__name__}"
+            )
+    return list(callbacks)

@@ -1,0 +1,164 @@
+"""The processes that train one model together: one alone, or those that torchrun started."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterable
+from datetime import timedelta
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+
+from optcpu.errors import OptcpuError
+
+_BUCKET_BYTES = 25 * 2**20  # as in PyTorch's DistributedDataParallel
+_TIMEOUT = timedelta(minutes=30)
+
+
+class World:
+    """This process among those that train together.
+
+    Gradients are summed by this class and not by PyTorch's DistributedDataParallel: a model that is
+    compiled as one graph gives all gradients at once, so that nothing is gained by watching them one by
+    one; and that class takes neither BF16 gradients of FP32 weights nor parameters that freeze.
+
+    Args:
+        rank: the number of this process.
+        size: how many there are.
+        local_size: how many of them run on this machine.
+        compress: send gradients as BF16, half the bytes.
+
+    Attributes:
+        bytes_sent: of gradients and weights that this process has given to others so far.
+    """
+
+    def __init__(
+        self, rank: int = 0, size: int = 1, local_size: int = 1, *, compress: bool = False
+    ) -> None:
+        self.rank, self.size, self.local_size, self.compress = rank, size, local_size, compress
+        self.bytes_sent = 0
+
+    @classmethod
+    def join(cls, *, compress: bool = False) -> World:
+        """The world that torchrun has made, or this process alone.
+
+        Raises:
+            OptcpuError: the other processes cannot be reached.
+        """
+        if not dist.is_available():
+            return cls()
+        if not dist.is_initialized():
+            if "RANK" not in os.environ or "WORLD_SIZE" not in os.environ:
+                return cls()
+            try:
+                dist.init_process_group("gloo", timeout=_TIMEOUT)
+            except (RuntimeError, ValueError, dist.DistError) as error:
+                raise OptcpuError(
+                    f"cannot join the other processes ({error}); start all of them with torchrun, and "
+                    "see that MASTER_ADDR and MASTER_PORT can be reached"
+                ) from error
+        local = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+        return cls(dist.get_rank(), dist.get_world_size(), local, compress=compress)
+
+    @property
+    def first(self) -> bool:
+        """Whether this process is the one that writes files and shows progress."""
+        return self.rank == 0
+
+    def sum_numbers(self, *numbers: float) -> tuple[float, ...]:
+        """The sum of each number over all processes."""
+        if self.size == 1:
+            return numbers
+        tensor = torch.tensor(numbers, dtype=torch.float64)
+        self._all_reduce([tensor])
+        return tuple(tensor.tolist())
+
+    def sum_gradients(self, model: nn.Module) -> list[Tensor]:
+        """Make each gradient its sum over all processes; returns them.
+
+        A parameter that has a gradient in some processes counts as having a zero one in the others.
+        """
+        parameters = [p for p in model.parameters() if p.requires_grad]
+        if self.size > 1:
+            used = torch.tensor([float(p.grad is not None) for p in parameters])
+            self._all_reduce([used])
+            parameters = [p for p, n in zip(parameters, used.tolist(), strict=True) if n]
+            for parameter in parameters:
+                if parameter.grad is None:
+                    parameter.grad = torch.zeros(parameter.shape)
+            self.sum_tensors([p.grad for p in parameters if p.grad is not None])
+        return [p.grad for p in parameters if p.grad is not None]
+
+    def sum_tensors(self, tensors: list[Tensor]) -> None:
+        """Make each tensor its sum over all processes, in FP32, or in BF16 to save bytes."""
+        sent_as = torch.bfloat16 if self.compress else torch.float32
+        for bucket in _buckets(tensors):
+            flat = torch.cat([tensor.reshape(-1).to(sent_as) for tensor in bucket])
+            self._all_reduce([flat])
+            self.bytes_sent += flat.nbytes
+            pieces = flat.split([tensor.numel() for tensor in bucket])
+            for tensor, piece in zip(bucket, pieces, strict=True):
+                tensor.copy_(piece.view_as(tensor))
+
+    def gather(self, mine: Any) -> list[Any]:
+        """What each process gives, by rank."""
+        if self.size == 1:
+            return [mine]
+        everyone: list[Any] = [None] * self.size
+        self._guarded(lambda: dist.all_gather_object(everyone, mine))
+        return everyone
+
+    @torch.no_grad()
+    def average(self, tensors: Iterable[Tensor]) -> None:
+        """Make each tensor its mean over all processes, in FP32 whatever ``compress`` says."""
+        for tensor in tensors:
+            if self.size == 1:
+                continue
+            mean = tensor.detach().float().clone().div_(self.size)
+            self._all_reduce([mean])
+            self.bytes_sent += mean.nbytes
+            tensor.copy_(mean)
+
+    @torch.no_grad()
+    def share_from_first(self, tensors: Iterable[Tensor]) -> None:
+        """Make each tensor that of the first process."""
+        for tensor in tensors:
+            if self.size > 1:
+                plain = tensor.detach().clone()
+                self._guarded(lambda plain=plain: dist.broadcast(plain, src=0))  # type: ignore[misc]
+                if not self.first:
+                    tensor.copy_(plain)
+
+    def _all_reduce(self, tensors: list[Tensor]) -> None:
+        for tensor in tensors:
+            self._guarded(lambda tensor=tensor: dist.all_reduce(tensor))  # type: ignore[misc]
+
+    def _guarded(self, call: object) -> None:
+        assert callable(call)
+        try:
+            call()
+        except RuntimeError as error:
+            raise LostProcess(
+                f"process {self.rank} of {self.size} cannot reach the others any more "
+                f"({str(error).splitlines()[0]}): one of them has ended. Start the job again: it goes on "
+                "from the newest checkpoint"
+            ) from error
+
+
+class LostProcess(OptcpuError):
+    """Another process of a distributed run has ended or cannot be reached."""
+
+
+def _buckets(tensors: list[Tensor]) -> Iterable[list[Tensor]]:
+    bucket: list[Tensor] = []
+    size = 0
+    for tensor in tensors:
+        if bucket and size + tensor.nbytes > _BUCKET_BYTES:
+            yield bucket
+            bucket, size = [], 0
+        bucket.append(tensor)
+        size += tensor.nbytes
+    if bucket:
+        yield bucket

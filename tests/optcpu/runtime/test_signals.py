@@ -1,0 +1,42 @@
+from __future__ import annotations
+
+import os
+import signal
+import threading
+
+import pytest
+
+from optcpu.runtime.signals import StopRequest
+
+
+@pytest.mark.parametrize("name", ["SIGINT", "SIGTERM"])
+def test_the_first_signal_is_noted(name: str) -> None:
+    stop = StopRequest()
+    before = signal.getsignal(signal.SIGTERM)
+    with stop.listening():
+        assert stop.signal is None
+        os.kill(os.getpid(), getattr(signal, name))
+        assert stop.signal == name
+    assert signal.getsignal(signal.SIGTERM) is before
+
+
+def test_the_second_one_acts_as_ever() -> None:
+    stop = StopRequest()
+    with stop.listening():
+        os.kill(os.getpid(), signal.SIGINT)
+        with pytest.raises(KeyboardInterrupt):
+            os.kill(os.getpid(), signal.SIGINT)
+    assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
+
+
+def test_other_threads_are_left_alone() -> None:
+    handlers = []
+
+    def listen() -> None:
+        with StopRequest().listening():
+            handlers.append(signal.getsignal(signal.SIGINT))
+
+    thread = threading.Thread(target=listen)
+    thread.start()
+    thread.join()
+    assert handlers == [signal.default_int_handler]

@@ -1,0 +1,121 @@
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor, nn
+
+from optcpu.measure.batches import default_loss, units_in
+from optcpu.runtime.step import (
+    MicroBatches,
+    StepRunner,
+    collect,
+    gradients_by_name,
+    restore_gradients,
+)
+from optcpu.runtime.world import World
+
+
+def _parts(sizes: list[int]) -> tuple[nn.Module, list[tuple[Tensor, Tensor]]]:
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(5, 7), nn.Tanh(), nn.Linear(7, 3))
+    return model, [(torch.randn(size, 5), torch.randint(3, (size,))) for size in sizes]
+
+
+def _runner(model: nn.Module, loss: Any = default_loss, **given: Any) -> StepRunner:
+    options: dict[str, Any] = {"max_grad_norm": None, "check_gradients": False, **given}
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.5)
+    return StepRunner(model, optimizer, loss, World(), **options)
+
+
+def _collect(batches: list[Any]) -> MicroBatches:
+    return collect(batches, {}, units_in, World())
+
+
+@given(st.lists(st.integers(1, 6), min_size=1, max_size=5))
+@settings(max_examples=30, deadline=None)
+def test_the_gradient_is_that_of_the_mean_over_all_samples(sizes: list[int]) -> None:
+    model, batches = _parts(sizes)
+    step, runner = _collect(list(batches)), _runner(model)
+    while not step.complete:
+        runner.run_micro_batch(step)
+    gradients = gradients_by_name(model)
+
+    model.zero_grad()
+    whole = [torch.cat(parts) for parts in zip(*batches, strict=True)]
+    loss = nn.functional.cross_entropy(model(whole[0]), whole[1])
+    loss.backward()
+    assert step.loss == pytest.approx(loss.item(), rel=1e-5)
+    for name, parameter in model.named_parameters():
+        torch.testing.assert_close(gradients[name], parameter.grad, rtol=1e-4, atol=1e-6)
+
+
+def test_clipping_by_hand() -> None:
+    for limit, expected in ((1e-3, 1e-3), (1e3, None)):
+        model, batches = _parts([4])
+        before = [p.detach().clone() for p in model.parameters()]
+        runner, step = _runner(model, max_grad_norm=limit), _collect(list(batches))
+        runner.run_micro_batch(step)
+        norm = runner.gradient_norm(step)
+        assert norm == pytest.approx(
+            torch.cat([p.grad.flatten() for p in model.parameters()]).norm().item()
+        )
+        runner.update(norm)
+        moved = torch.cat(
+            [(b - p.detach()).flatten() for b, p in zip(before, model.parameters(), strict=True)]
+        )
+        assert moved.norm().item() == pytest.approx(0.5 * (expected or norm), rel=1e-3)
+        assert all(p.grad is None for p in model.parameters())
+
+
+def test_a_loss_that_is_no_number_makes_the_step_bad() -> None:
+    model, batches = _parts([2, 2])
+    batches[1][0][0, 0] = float("nan")
+    runner, step = _runner(model), _collect(list(batches))
+    runner.run_micro_batch(step)
+    assert not step.complete
+    runner.run_micro_batch(step)
+    assert step.complete
+    assert step.bad == "the loss of model(float32[2, 5]) is nan"
+    assert runner.gradient_norm(step) is None
+
+
+def test_a_gradient_that_is_no_number_makes_the_step_bad_where_it_is_looked_at() -> None:
+    def loss(output: Tensor, batch: Any) -> Tensor:
+        return (output.sum() - output.sum().detach()).abs().sqrt()  # 0, with an infinite slope
+
+    for looked_at in (True, False):
+        model, batches = _parts([2])
+        runner, step = _runner(model, loss, check_gradients=looked_at), _collect(list(batches))
+        runner.run_micro_batch(step)
+        runner.gradient_norm(step)
+        assert (step.bad is not None) == looked_at
+
+
+def test_what_is_no_loss_is_told() -> None:
+    model, batches = _parts([2])
+    for loss, told in ((lambda o, b: o, r"\(2, 3\)"), (lambda o, b: 3.0, "float")):
+        with pytest.raises(TypeError, match=f"the loss must be a tensor with one number.*{told}"):
+            _runner(model, loss).run_micro_batch(_collect(list(batches)))
+
+
+def test_what_is_no_batch_is_told() -> None:
+    with pytest.raises(TypeError, match="a batch of type int cannot be used"):
+        _collect([3])
+    with pytest.raises(ValueError, match="counts 0 samples"):
+        collect([(torch.ones(2), torch.ones(2))], {}, lambda batch: 0, World())
+
+
+def test_gradients_are_put_back() -> None:
+    model, batches = _parts([3])
+    runner, step = _runner(model), _collect(list(batches))
+    runner.run_micro_batch(step)
+    gradients = {name: g.clone() for name, g in gradients_by_name(model).items()}
+    runner.forget_gradients()
+    assert gradients_by_name(model) == {}
+    restore_gradients(model, gradients)
+    for name, gradient in gradients_by_name(model).items():
+        assert torch.equal(gradient, gradients[name])

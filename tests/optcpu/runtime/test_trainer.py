@@ -1,0 +1,162 @@
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+from torch.utils.data import DataLoader, TensorDataset
+from training import Losses, assert_equal, small_data, small_model, small_trainer, tensors_of
+
+import optcpu
+from optcpu import Trainer
+from optcpu.errors import OptcpuError
+from optcpu.optimize import compiled_call
+
+
+def test_the_shortest_use() -> None:
+    model = nn.Linear(6, 3)
+    loader = DataLoader(small_data(), batch_size=4)
+    before = model.weight.detach().clone()
+    result = Trainer(model, loader, epochs=5, accumulation_steps=8).train()
+    assert (result.steps, result.epochs, result.samples) == (5, 5, 110)
+    assert not torch.equal(model.weight, before)
+
+
+def test_it_is_the_loop_that_one_would_write_by_hand() -> None:
+    batches = [tuple(batch) for batch in DataLoader(small_data(), batch_size=4)]
+    losses = Losses()
+    model = small_model()
+    optimizer = torch.optim.AdamW(model.parameters(), lr=0.05)
+    scheduler = torch.optim.lr_scheduler.StepLR(optimizer, 1, gamma=0.5)
+    trainer = small_trainer(
+        model, batches, optimizer=optimizer, lr=None, scheduler=scheduler, callbacks=[losses]
+    )
+    trainer.train()
+
+    model = small_model()
+    optimizer = torch.optim.AdamW(model.parameters(), lr=0.05)
+    scheduler = torch.optim.lr_scheduler.StepLR(optimizer, 1, gamma=0.5)
+    expected = []
+    torch.manual_seed(0)
+    for _ in range(2):
+        for group in (batches[:4], batches[4:]):
+            total, sum_ = sum(len(batch[1]) for batch in group), 0.0
+            for inputs, targets in group:
+                loss = nn.functional.cross_entropy(model(inputs), targets)
+                (loss * (len(targets) / total)).backward()
+                sum_ += loss.item() * (len(targets) / total)
+            optimizer.step()
+            optimizer.zero_grad()
+            scheduler.step()
+            expected.append(sum_)
+    assert losses.losses == expected
+    for ours, theirs in zip(trainer.model.parameters(), model.parameters(), strict=True):
+        assert torch.equal(ours, theirs)
+
+
+def test_it_is_compiled_with_its_optimizer() -> None:
+    trainer = small_trainer(compile=True, steps=2)
+    assert compiled_call(trainer.model) is not None
+    assert isinstance(trainer.optimizer, optcpu.optim.AdamW)
+    losses, eager = Losses(), Losses()
+    model = nn.Sequential(nn.Linear(6, 8), nn.ReLU(), nn.Linear(8, 3))
+    start = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    small_trainer(model, compile=True, callbacks=[losses], precision="fp32").train()
+    optcpu.restore(model)
+    model.load_state_dict(start)
+    small_trainer(model, callbacks=[eager]).train()
+    assert losses.losses == pytest.approx(eager.losses, rel=1e-5)
+
+
+def test_accumulation_by_names_of_optimizers() -> None:
+    for name in ("adamw", "adam", "sgd", "lamb"):
+        trainer = small_trainer(
+            optimizer={"name": name, "lookahead": {"k": 2}, "weight_decay": 0.1}, lr=0.01
+        )
+        before = tensors_of(trainer)
+        assert trainer.optimizer.param_groups[0]["weight_decay"] == 0.1
+        assert trainer.train().steps == 4
+        assert not torch.equal(before["model.0.weight"], tensors_of(trainer)["model.0.weight"])
+
+
+def test_validation_sees_what_was_trained() -> None:
+    trainer = small_trainer(validation_data=small_data(8, seed=5), metrics=["accuracy"])
+    result = trainer.train()
+    assert result.metrics == trainer.validate()
+    assert set(result.metrics) == {"loss", "accuracy"}
+    assert trainer.model.training
+
+
+def test_a_dataset_is_shuffled_by_its_seed() -> None:
+    first, second, other = (small_trainer(seed=seed) for seed in (3, 3, 4))
+    for trainer in (first, second, other):
+        trainer.train()
+    assert_equal(tensors_of(first), tensors_of(second))
+    assert not torch.equal(tensors_of(first)["model.0.weight"], tensors_of(other)["model.0.weight"])
+
+
+def test_update_in_backward_is_the_same() -> None:
+    plain, early = small_trainer(), small_trainer(update_in_backward=True)
+    plain.train()
+    early.train()
+    assert_equal(tensors_of(plain), tensors_of(early))
+
+
+def test_learning() -> None:
+    trainer = small_trainer(
+        nn.Linear(6, 3),
+        small_data(512),
+        batch_size=32,
+        accumulation_steps=1,
+        epochs=20,
+        validation_data=small_data(256, seed=8),
+        metrics=["accuracy"],
+        scheduler={"name": "cosine", "warmup_steps": 10},
+    )
+    assert trainer.train().metrics["accuracy"] > 0.95
+
+
+@pytest.mark.parametrize(
+    ("given", "error", "message"),
+    [
+        ({"metrics": ["acc"]}, ValueError, "no metric 'acc'"),
+        ({"early_stopping": {}}, ValueError, "early_stopping.monitor = 'loss' needs validation_d"),
+        (
+            {"early_stopping": {"monitor": "f1"}, "validation_data": small_data()},
+            ValueError,
+            "early_stopping.monitor is 'f1', but validation gives loss",
+        ),
+        ({"optimizer": 3}, TypeError, "optimizer must be a torch.optim.Optimizer, its settings"),
+        ({"optimizer": {"name": "adamm"}}, ValueError, "optimizer.name is 'adamm'"),
+        ({"scheduler": 3}, TypeError, "scheduler must be one of PyTorch's"),
+        ({"scheduler": "cosin"}, ValueError, "schedule.name is 'cosin'"),
+        ({"callbacks": [print]}, TypeError, "callbacks must be optcpu.runtime.Callback objects"),
+        ({"epoch": 3}, ValueError, "no setting 'epoch'; did you mean 'epochs'"),
+        ({"data": torch.ones(3, 6)}, TypeError, "tensors are no stream of batches"),
+        ({"data": []}, ValueError, "the training data are empty"),
+        ({"data": TensorDataset(torch.ones(0, 6))}, ValueError, "no samples|empty"),
+        ({"freezer": lambda m, o: 3}, TypeError, "freezer must make a DynamicFreezer"),
+    ],
+)
+def test_wrong_arguments_are_told(given: dict[str, Any], error: type, message: str) -> None:
+    with pytest.raises(error, match=message):
+        small_trainer(**given)
+
+
+def test_a_model_that_is_none_or_has_nothing_to_train() -> None:
+    with pytest.raises(TypeError, match="model must be a torch.nn.Module, not str"):
+        Trainer("model", small_data(), epochs=1)  # type: ignore[arg-type]
+    with pytest.raises(ValueError, match="there is nothing to train"):
+        small_trainer(nn.Linear(6, 3).requires_grad_(False))
+
+
+def test_a_label_out_of_range_is_told() -> None:
+    data = TensorDataset(torch.randn(4, 6), torch.tensor([0, 1, 2, 3]))
+    with pytest.raises(ValueError, match="the target has class 3, but the output has 3 classes"):
+        small_trainer(data=data).train()
+
+
+def test_nothing_to_validate_on() -> None:
+    with pytest.raises(OptcpuError, match="give the trainer validation_data"):
+        small_trainer().validate()
