@@ -41,6 +41,7 @@ from optcpu.runtime.checkpoint_format import (
 _NAME = re.compile(r"step-(\d{8,})")
 _HIDDEN = re.compile(r"\.(step-\d{8,})\.(new|old|removed)")
 _BEST = "best.json"
+_BEST_DRAFT = ".best.json.new"
 _UNKNOWN = -1  # number of a checkpoint whose manifest is damaged
 _PATIENCE = 60.0  # seconds to wait for another process that saves
 
@@ -99,12 +100,11 @@ class CheckpointFolder:
             if not self.path.is_dir():
                 self.path.mkdir(parents=True, exist_ok=True)
                 sync_folder(self.path.parent)
-            with _locked(self.path / ".lock"):
-                self._tidy()
+            with _locked(self.path / ".lock"), self._tidied():
                 target = self._publish(contents, step)
                 if best:
                     self._mark_best(step)
-                self._remove_old()
+                self._remove_old(but=target)
         except OSError as error:
             raise OptcpuError(
                 f"cannot save step {step} in {self.path}: {error.strerror}; the checkpoints that were "
@@ -186,49 +186,50 @@ class CheckpointFolder:
     def _path_of(self, step: int) -> Path:
         return self.path / f"step-{step:08d}"
 
+    @contextmanager
+    def _tidied(self) -> Iterator[None]:
+        self._tidy()
+        try:
+            yield
+        except BaseException:
+            with suppress(OSError):
+                self._tidy()
+            raise
+
     def _tidy(self) -> None:
         """Clear up what is hidden, our own or left by writers that died: nobody else has the lock."""
         for name in os.listdir(self.path):
             hidden = _HIDDEN.fullmatch(name)
-            if hidden is None:
-                continue
-            if hidden[2] == "old" and not (self.path / hidden[1]).exists():
+            if hidden and hidden[2] == "old" and not (self.path / hidden[1]).exists():
                 (self.path / name).rename(self.path / hidden[1])
-            else:
+            elif hidden or name == _BEST_DRAFT:
                 _delete(self.path / name)
 
     def _publish(self, contents: Contents, step: int) -> Path:
         target = self._path_of(step)
         new, old = _hidden(target, "new"), _hidden(target, "old")
-        number = 1 + max((number for number, _ in _numbered(self.path)), default=0)
-        try:
-            new.mkdir()
-            contents.write(new, step, number)
-            if target.exists():
-                target.rename(old)
-            new.rename(target)
-            sync_folder(self.path)
-        except BaseException:
-            shutil.rmtree(new, ignore_errors=True)
-            if old.exists() and not target.exists():
-                old.rename(target)
-            raise
+        # The time tells the order even if a manifest cannot be read; the numbers, if the clock is put back.
+        number = max(time.time_ns(), 1 + max((n for n, _ in _numbered(self.path)), default=0))
+        new.mkdir()
+        contents.write(new, step, number)
+        if target.exists():
+            target.rename(old)
+        new.rename(target)
+        sync_folder(self.path)
         return target
 
     def _mark_best(self, step: int) -> None:
-        marker = self.path / _BEST
-        draft = self.path / f".{_BEST}.new"
-        draft.unlink(missing_ok=True)
+        draft = self.path / _BEST_DRAFT
         write_file(draft, [json.dumps({"step": step}).encode()])
-        draft.replace(marker)
+        draft.replace(self.path / _BEST)
         sync_folder(self.path)
 
-    def _remove_old(self) -> None:
-        """Remove what is not to be kept. That this fails is no reason to say that nothing was saved."""
+    def _remove_old(self, but: Path) -> None:
+        """Remove what is not to be kept. If this fails, the checkpoint is saved all the same."""
         try:
             best = self.best()
             for path in self.list()[: -self.keep_last] if self.keep_last else ():
-                if path != best:
+                if path not in (best, but):
                     path.rename(_hidden(path, "removed"))
             self._tidy()
         except (OSError, OptcpuError) as error:
@@ -303,9 +304,8 @@ def _locked(path: Path) -> Iterator[None]:
         try:
             yield
         finally:
-            with suppress(
-                OSError
-            ):  # not left to closing, as a child process may hold the open file
+            # Not left to closing, as a child process may have inherited the open file.
+            with suppress(OSError):
                 fcntl.flock(file, fcntl.LOCK_UN)
 
 

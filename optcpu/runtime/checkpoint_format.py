@@ -70,7 +70,7 @@ class Manifest(_Strict):
     Attributes:
         format: the version of the format.
         step: of the training run.
-        number: larger than those of the checkpoints that were there when it was saved.
+        number: larger for what was saved later in the same place.
         time: when it was saved, ISO 8601, UTC; for people.
         files: by name. Other names than these are refused, so that none leads out of the folder.
     """
@@ -171,6 +171,8 @@ def read_manifest(folder: Path) -> Manifest:
         OptcpuError: there is none, or it is damaged or of another format.
     """
     path = folder / _MANIFEST
+    if not path.is_file():  # opening a pipe would block
+        raise OptcpuError(f"{_MANIFEST} is missing")
     try:
         with path.open("rb") as file:
             found = json.loads(file.read(_MAX_MANIFEST_BYTES))

@@ -251,7 +251,7 @@ ITSELF.append(ITSELF)
         ({"a": (types, 1)}, r"^a\[0\] is a module"),
         (print, r"^the state is a builtin_function"),
         ({"a": defaultdict(int)}, r"^a is a defaultdict"),
-        ({"a": namedtuple("Point", "x")(1)}, r"^a is a Point"),  # noqa: PYI024
+        ({"a": namedtuple("Point", "x")(1)}, r"^a is a Point"),
         ({"a": torch.Size([1])}, r"^a is a Size"),
         ({"a": 1j}, r"^a is a complex"),
         ({"a": np.array([None])}, r"^a is a ndarray of dtype object"),

@@ -89,6 +89,6 @@ def test_no_safetensors_file(tmp_path: Path, content: bytes) -> None:
 def test_too_many_tensors_for_one_file(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("optcpu.runtime.state_tensors._MAX_HEADER_BYTES", 1000)
     with pytest.raises(
-        ValueError, match="^100 tensors are more than one safetensors file can hold"
+        ValueError, match=r"^100 tensors are more than one safetensors file can hold"
     ):
         next(file_content({str(index): torch.ones(1) for index in range(100)}, {}))
