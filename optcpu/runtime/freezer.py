@@ -222,8 +222,8 @@ class DynamicFreezer:
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Go on from what :meth:`state_dict` gave: freeze what was frozen, and compile anew.
 
-        Load model and optimizer as well, in any order. Decisions are those of a run that was not interrupted, but for
-        the times that ``total_steps`` weighs, which are measured anew unless they were given.
+        Load model and optimizer as well, in any order. Decisions are those of a run that was not
+        interrupted, but for the times that ``total_steps`` weighs, which are measured anew unless given.
 
         Raises:
             ValueError: the state is of other blocks than this model's.

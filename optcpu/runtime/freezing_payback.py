@@ -103,4 +103,5 @@ class Costs:
         if not is_compiled(self._model):
             return 0.0
         total = compile_seconds_so_far()
-        return (total - self._compiled_before) or total
+        since = total - self._compiled_before
+        return since if since > 0 else total  # torch._dynamo.reset() begins to count anew
