@@ -11,6 +11,7 @@ from typing import Any, cast
 from torch.utils.data import DataLoader, Dataset
 
 from optcpu.errors import OptcpuError, warn
+from optcpu.random_state import random_state_kept
 from optcpu.runtime.fetching import SeededBatches
 from optcpu.runtime.randomness import generator_state, set_generator_state
 from optcpu.runtime.rng import rng_state, set_rng_state
@@ -46,6 +47,13 @@ class Source(abc.ABC):
     def batches_left(self, done: int) -> int | None:
         """How many batches of the epoch come after ``done``; None if unknown."""
 
+    def state_between_epochs(self) -> dict[str, Any]:
+        """What :meth:`go_between_epochs` needs to know."""
+        return {}
+
+    def go_between_epochs(self, state: State) -> None:  # noqa: B027 (most have nothing to do)
+        """Make ready for the next epoch as it was when ``state`` was made."""
+
     def passed(self) -> None:  # noqa: B027 (most need not know)
         """Take note that a batch was given to training."""
 
@@ -77,6 +85,13 @@ class SampledSource(Source):
         self._sampler.load_state_dict(state)
         return iter(self._loader)
 
+    def state_between_epochs(self) -> dict[str, Any]:
+        """What :meth:`go_between_epochs` needs to know."""
+        return {}
+
+    def go_between_epochs(self, state: State) -> None:
+        """Make ready for the next epoch as it was when ``state`` was made."""
+
     def passed(self) -> None:
         consumed = self._state["consumed"]
         self._state["consumed"] = consumed + self._sampler.share(consumed).total
@@ -95,18 +110,29 @@ class StatefulSource(Source):
 
     def __init__(self, loader: Any) -> None:
         self._loader = loader
+        self._used = False  # asking for the state of one that is not may draw random numbers
 
     def start(self, epoch: int) -> Iterator[Any]:
         _set_epoch(self._loader, epoch)
-        return iter(self._loader)
+        self._used = True
+        with random_state_kept():  # torchdata's draws twice where it goes on between epochs
+            return iter(self._loader)
 
     def resume(self, epoch: int, done: int, state: State) -> Iterator[Any]:
         _set_epoch(self._loader, epoch)
-        self._loader.load_state_dict(state["loader"])
+        self.go_between_epochs(state)
         return iter(self._loader)
 
     def state_dict(self) -> dict[str, Any]:
         return {"loader": self._loader.state_dict()}
+
+    def state_between_epochs(self) -> dict[str, Any]:
+        return self.state_dict() if self._used else {}
+
+    def go_between_epochs(self, state: State) -> None:
+        if "loader" in state:
+            self._loader.load_state_dict(state["loader"])
+            self._used = True
 
     def batches_left(self, done: int) -> int | None:
         length = length_of(self._loader)
@@ -136,13 +162,7 @@ class ReplayedSource(Source):
 
     def start(self, epoch: int) -> Iterator[Any]:
         _set_epoch(self._batches, epoch)
-        self._beginning = {
-            "rng": rng_state(),
-            "generators": {
-                name: generator_state(generator)
-                for name, generator in _generators(self._batches).items()
-            },
-        }
+        self._beginning = {"rng": rng_state(), **self.state_between_epochs()}
         return iter(self._batches)
 
     def resume(self, epoch: int, done: int, state: State) -> Iterator[Any]:
@@ -154,14 +174,7 @@ class ReplayedSource(Source):
                 "persistent_workers=False, or give the dataset in place of the loader"
             )
         _set_epoch(self._batches, epoch)
-        generators = _generators(self._batches)
-        if set(generators) != set(beginning["generators"]):
-            raise OptcpuError(
-                f"the checkpoint has the generators {sorted(beginning['generators'])} of the training "
-                f"data, which now have {sorted(generators)}: go on with the same data"
-            )
-        for name, generator in generators.items():
-            set_generator_state(generator, beginning["generators"][name])
+        self.go_between_epochs(beginning)
         set_rng_state(beginning["rng"])
         self._beginning = beginning
         if done:
@@ -177,6 +190,20 @@ class ReplayedSource(Source):
 
     def state_dict(self) -> dict[str, Any]:
         return {"beginning": self._beginning}
+
+    def state_between_epochs(self) -> dict[str, Any]:
+        generators = _generators(self._batches)
+        return {"generators": {name: generator_state(one) for name, one in generators.items()}}
+
+    def go_between_epochs(self, state: State) -> None:
+        generators, saved = _generators(self._batches), state["generators"]
+        if set(generators) != set(saved):
+            raise OptcpuError(
+                f"the checkpoint has the generators {sorted(saved)} of the training data, which now have "
+                f"{sorted(generators)}: go on with the same data"
+            )
+        for name, generator in generators.items():
+            set_generator_state(generator, saved[name])
 
     def batches_left(self, done: int) -> int | None:
         length = length_of(self._batches)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any, Literal
 
 import torch
@@ -17,8 +17,10 @@ from optcpu.runtime.fetching import (
     SeededBatches,
     begin_worker,
     choose_workers,
+    cores_for_loading,
     seconds_per_batch,
 )
+from optcpu.runtime.randomness import stream_key
 from optcpu.runtime.sampling import ResumableBatchSampler
 
 Workers = int | Literal["auto"]
@@ -78,7 +80,7 @@ def make_loader(
             collate_fn=collate_fn,
             drop_last=drop_last,
             worker_init_fn=begin_worker,
-            generator=torch.Generator().manual_seed(seed + rank),
+            generator=torch.Generator().manual_seed(stream_key(seed, rank)),
         )
     size = length_of(dataset)
     if size is None or not hasattr(dataset, "__getitem__"):
@@ -98,7 +100,10 @@ def make_loader(
     batches = SeededBatches(dataset, collate_fn, seed)
     if workers == "auto":
         workers = choose_workers(
-            seconds_per_batch(batches, sampler), torch.get_num_threads(), step_seconds
+            seconds_per_batch(batches, sampler),
+            cores=cores_for_loading(),
+            threads=torch.get_num_threads(),
+            step_seconds=step_seconds,
         )
     return DataLoader(
         batches,
@@ -253,11 +258,13 @@ class Feed:
         if self._to_resume is not None:
             return self._to_resume
         begun = self._batches is not None or self.batches_done > 0
+        source = self._source
         return {
             "epoch": self.epoch,
             "batches_done": self.batches_done,
-            "kind": self._source.kind,
-            "source": self._source.state_dict() if begun else None,
+            "kind": source.kind,
+            "begun": begun,
+            "source": source.state_dict() if begun else source.state_between_epochs(),
         }
 
     def load_state_dict(self, state: State) -> None:
@@ -276,16 +283,18 @@ class Feed:
                 "DataLoader)"
             )
         self._go_to(state["epoch"], state["batches_done"])
-        if state["source"] is not None:
-            try:
+        try:
+            if state["begun"]:
                 self._batches = self._source.resume(self.epoch, self.batches_done, state["source"])
-            except OptcpuError:
-                raise
-            except Exception as error:
-                raise OptcpuError(
-                    f"the training data failed while they were passed through up to batch "
-                    f"{self.batches_done} of epoch {self.epoch} (counted from 0): {_told(error)}"
-                ) from error
+            else:
+                self._source.go_between_epochs(state["source"])
+        except OptcpuError:
+            raise
+        except Exception as error:
+            raise OptcpuError(
+                f"the training data failed on the way back to batch {self.batches_done} of epoch "
+                f"{self.epoch} (counted from 0): {_told(error)}"
+            ) from error
 
     def _open(self) -> None:
         if self._to_resume is not None:
@@ -327,7 +336,7 @@ def _check_data(data: Any) -> None:
             "tensors are no stream of batches: give torch.utils.data.TensorDataset(inputs, targets), or a "
             "list of batches"
         )
-    if isinstance(data, (str, bytes, dict)) or not (
+    if isinstance(data, (str, bytes, Mapping)) or not (
         _is_dataset(data) or hasattr(data, "__iter__") or hasattr(data, "__getitem__")
     ):
         raise TypeError(
@@ -337,12 +346,11 @@ def _check_data(data: Any) -> None:
 
 
 def _is_dataset(data: Any) -> bool:
-    return isinstance(data, Dataset) or (
-        hasattr(data, "__getitem__")
-        and hasattr(data, "__len__")
-        and not isinstance(data, (list, tuple))
-        and not hasattr(data, "__iter__")
-    )
+    """Whether ``data`` are samples: PyTorch's datasets, and those of other libraries."""
+    if isinstance(data, Dataset):
+        return True
+    by_index = hasattr(data, "__getitem__") and hasattr(data, "__len__")
+    return by_index and not isinstance(data, (Sequence, Mapping))
 
 
 def _warn_if_not_shared(data: Any) -> None:

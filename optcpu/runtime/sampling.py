@@ -61,8 +61,8 @@ class ResumableBatchSampler(Sampler[list[int]]):
     All ranks make the same number of steps, as collective operations need. The samples that are left for
     the last step are split over the ranks as evenly as possible, which need not be equally: gradients are
     right if each batch counts by its size. Fewer samples than ranks are added to the step before, so that
-    no rank is without any. (A run that goes on with more ranks may find fewer samples left than those; a rank
-    without any then repeats one, and its :class:`Share` says 0.)
+    no rank is without any. (A run that goes on with more ranks may find fewer samples left than those; a
+    rank without any then repeats one, and its :class:`Share` says 0.)
 
     Memory does not grow with the number of steps, and not with ``size`` beyond 2**16 samples (see
     :class:`Permutation`).

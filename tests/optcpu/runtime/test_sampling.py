@@ -47,9 +47,7 @@ class TestBatches:
         assert all(min(step) > 0 and max(step) - min(step) <= 1 for step in sizes)
         assert all(step == [batch_size] * world_size for step in sizes[:-1])
 
-    @given(
-        size=st.integers(1, 200), batch_size=st.integers(1, 20), world_size=st.integers(1, 4)
-    )
+    @given(size=st.integers(1, 200), batch_size=st.integers(1, 20), world_size=st.integers(1, 4))
     def test_drop_last_gives_full_steps_only(
         self, size: int, batch_size: int, world_size: int
     ) -> None:
