@@ -39,6 +39,11 @@ class Lookahead(Optimizer):
         slow_dtype: of the slow weights: ``torch.float32``, or ``torch.bfloat16`` for half the memory,
             rounded stochastically; the fast weights are not rounded by that.
 
+    Attributes:
+        average: given the fast weights in front of each synchronisation, makes each the mean over all
+            processes of a distributed run: local SGD with the slow weights as its outer step. None as
+            long as nobody sets it.
+
     Raises:
         TypeError: ``optimizer`` is no optimizer.
         ValueError: another argument is out of its range.
@@ -70,6 +75,7 @@ class Lookahead(Optimizer):
         self.optimizer = optimizer
         self.k, self.alpha, self.pullback, self.slow_dtype = k, alpha, pullback, slow_dtype
         self.steps = 0
+        self.average: Callable[[list[Tensor]], None] | None = None
         self._slow: dict[Tensor, Tensor] = {}
         self._momenta: dict[Tensor, Tensor] = {}
         self.defaults = optimizer.defaults
@@ -104,12 +110,14 @@ class Lookahead(Optimizer):
         self.steps += 1
         if self.steps % self.k:
             return self.optimizer.step(closure)  # type: ignore[arg-type]
-        if isinstance(self.optimizer, StoredOptimizer):
+        if isinstance(self.optimizer, StoredOptimizer) and self.average is None:
             with self.optimizer.synchronising(self._slow, self.alpha):
                 loss = self.optimizer.step(closure)
             self._synchronise({p: slow for p, slow in self._slow.items() if p.grad is None})
         else:
             loss = self.optimizer.step(closure)  # type: ignore[arg-type]
+            if self.average is not None:
+                self.average(list(self._slow))
             self._synchronise(self._slow)
         self._pull_momenta_back()
         return loss
@@ -231,7 +239,7 @@ class Lookahead(Optimizer):
                 self._slow[parameter] = parameter.detach().to(self.slow_dtype, copy=True)
 
     def __getstate__(self) -> dict[str, Any]:
-        names = ("optimizer", "k", "alpha", "pullback", "slow_dtype", "steps", "defaults")
+        names = ("optimizer", "k", "alpha", "pullback", "slow_dtype", "steps", "defaults", "average")
         return {name: getattr(self, name) for name in (*names, "_slow", "_momenta")}
 
     def __repr__(self) -> str:

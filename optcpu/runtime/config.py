@@ -6,14 +6,9 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from pydantic import Field
-from torch import nn
-from torch.optim import Optimizer
-
 from optcpu.errors import OptcpuError
-from optcpu.runtime.freezer import DynamicFreezer
 from optcpu.runtime.jobs import job
-from optcpu.runtime.options import Options, TrainerOptions, read_options
+from optcpu.runtime.options import TrainerOptions, read_options
 from optcpu.runtime.trainer import Trainer
 
 if sys.version_info >= (3, 11):
@@ -22,26 +17,15 @@ else:
     import tomli as tomllib
 
 
-class FreezingOptions(Options):
-    """Settings of :class:`optcpu.DynamicFreezer`, which documents them."""
-
-    window: int = Field(50, ge=1)
-    percentile: float = Field(50.0, ge=0, le=100)
-    patience: int = Field(2, ge=1)
-    max_freezes: int | None = Field(None, ge=1)
-
-
 class RunConfig(TrainerOptions):
     """A whole run.
 
     Attributes:
         job: what is trained: one of :data:`optcpu.runtime.jobs.BUILT_IN`, or
             ``"package.module:factory"``.
-        freezing: freeze layers that have converged; None freezes none.
     """
 
     job: str
-    freezing: FreezingOptions | None = None
 
 
 def read_config(path: Path, overrides: dict[str, Any] | None = None) -> RunConfig:
@@ -96,20 +80,11 @@ def make_trainer(config: RunConfig) -> Trainer:
     """The trainer for a run."""
     what = job(config.job, config.seed)
     settings = {name: getattr(config, name) for name in TrainerOptions.model_fields}
-    optimizer = settings.pop("optimizer")
-    freezing = config.freezing
-
-    def freezer(model: nn.Module, optimizer: Optimizer) -> DynamicFreezer:
-        assert freezing is not None
-        return DynamicFreezer(model, optimizer, **freezing.model_dump())
-
     return Trainer(
         what.model,
         what.train_data,
         loss=what.loss,
         validation_data=what.validation_data,
         metrics=what.metrics,
-        optimizer=optimizer,
-        freezer=None if freezing is None else freezer,
         **settings,
     )

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import math
 import time
+import warnings
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
@@ -114,7 +116,10 @@ class Loop:
         run = self._run
         self._before = before = run.data_state()
         raw = run.feed.take(self._options.accumulation_steps)
-        return collect(raw, before, self._size_of, run.world) if raw else None
+        if not raw:
+            return None
+        alone = self._options.local_steps is not None
+        return collect(raw, before, self._size_of, _itself if alone else run.world.sum_numbers)
 
     def _make(self, step: MicroBatches) -> None:
         run, position = self._run, self._run.position
@@ -134,7 +139,10 @@ class Loop:
         else:
             self._leave_out(step)
         if not isinstance(run.scheduler, ReduceLROnPlateau):
-            run.scheduler.step()
+            with warnings.catch_warnings() if step.bad else contextlib.nullcontext():
+                if step.bad:  # PyTorch would warn of a scheduler that comes before the optimizer
+                    warnings.simplefilter("ignore")
+                run.scheduler.step()
         position.step += 1
         position.samples += step.total
         position.epoch_ended = False
@@ -148,6 +156,8 @@ class Loop:
     def _report(self, step: MicroBatches, norm: float | None) -> None:
         run, position = self._run, self._run.position
         (loss,) = run.world.sum_numbers(step.loss)
+        if self._options.local_steps is not None:
+            loss /= run.world.size
         row = {"loss": loss, "lr": float(run.optimizer.param_groups[0]["lr"])}
         if norm is not None:
             row["grad_norm"] = norm
@@ -158,9 +168,11 @@ class Loop:
         self._interval_samples += step.total
         if self._log is not None and position.step % self._log_interval == 0:
             elapsed = time.perf_counter() - self._interval_started
-            row["loss"] = math.fsum(position.losses) / len(position.losses)
-            row["samples_per_second"] = self._interval_samples / elapsed
-            self._log.add("train", position.step, position.epoch, row)
+            means = {
+                "loss": math.fsum(position.losses) / len(position.losses),
+                "samples_per_second": self._interval_samples / elapsed,
+            }
+            self._log.add("train", position.step, position.epoch, row | means)
         if position.step % self._log_interval == 0:
             position.losses = []
             self._interval_started, self._interval_samples = time.perf_counter(), 0
@@ -231,6 +243,7 @@ class Loop:
         assert self._validation is not None
         self._display.phase("validation")
         started = time.perf_counter()
+        self._runner.meet()
         run.world.share_from_first(run.model.buffers())
         results = validate(
             run.model,
@@ -294,6 +307,8 @@ class Loop:
             return
         self._display.phase("checkpoint")
         with run.clock.measure("checkpoint"):
+            if not alone:
+                self._runner.meet()
             self._refuse_broken_weights()
             state = run.state_dict(alone=alone)
             if run.world.first:
@@ -349,3 +364,7 @@ class Loop:
         validations = 0 if self._validation is None else times(options.validate_every)
         saves = 0 if self._folder is None else times(self._checkpoint_interval)
         return self._run.clock.remaining(left, validations, saves)
+
+
+def _itself(number: float) -> tuple[float, ...]:
+    return (number,)

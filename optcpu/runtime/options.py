@@ -123,6 +123,28 @@ class ScheduleOptions(Options):
     final: float = Field(0.0, ge=0, le=1)
 
 
+class FreezingOptions(Options):
+    """Stop training layers that have converged; see :class:`optcpu.DynamicFreezer` for the names.
+
+    Attributes:
+        payback: make no freeze that would not save the time of its compilation in the steps that remain.
+            That depends on measured times, and so may differ between two runs, unless ``step_seconds``
+            and ``compile_seconds`` are given.
+    """
+
+    window: int = Field(50, ge=1)
+    percentile: float = Field(50.0, gt=0, le=100)
+    patience: int = Field(2, ge=1)
+    max_freezes: int | None = Field(3, ge=1)
+    payback: bool = True
+    step_seconds: float | None = Field(None, gt=0, allow_inf_nan=False)
+    compile_seconds: float | None = Field(None, ge=0, allow_inf_nan=False)
+    unfreeze_after: int | None = Field(None, ge=1)
+    blocks: tuple[str, ...] | None = Field(None, strict=False)
+    eval_frozen: bool = False
+    observe_every: int = Field(5, ge=1)
+
+
 class LogOptions(Options):
     """What is written down.
 
@@ -161,6 +183,7 @@ class TrainerOptions(Options):
         max_bad_steps: skipped or rolled-back steps in a row after which training stops all the same.
         validate_every: optimizer steps between validations; None validates after each epoch.
         early_stopping: end before the time.
+        freezing: stop training layers that have converged; None freezes none.
         checkpoints: write the state of training.
         resume: ``"auto"`` goes on from the newest checkpoint in the folder, if there is one;
             ``"never"`` refuses a folder that has one; ``"must"`` refuses one that has none.
@@ -193,6 +216,7 @@ class TrainerOptions(Options):
     max_bad_steps: int = Field(10, ge=1)
     validate_every: int | None = Field(None, ge=1)
     early_stopping: EarlyStopping | None = None
+    freezing: FreezingOptions | None = None
     checkpoints: Checkpoints | None = None
     resume: Literal["auto", "never", "must"] = "auto"
     log: LogOptions | None = None
@@ -224,12 +248,20 @@ class TrainerOptions(Options):
                 "updated when a gradient turns out bad; take on_nan='rollback'"
             )
         lookahead = self.optimizer.lookahead
-        if self.local_steps is not None and lookahead is not None:
-            if lookahead.k != self.local_steps:
-                raise ValueError(
-                    f"local_steps is {self.local_steps}, and lookahead.k is {lookahead.k}: processes "
-                    "average their weights when the slow ones move; give both the same number"
-                )
+        if self.local_steps is not None and lookahead and lookahead.k != self.local_steps:
+            raise ValueError(
+                f"local_steps is {self.local_steps}, and lookahead.k is {lookahead.k}: processes "
+                "average their weights when the slow ones move; give both the same number"
+            )
+        if self.local_steps is not None and self.freezing is not None:
+            raise ValueError(
+                "local_steps and freezing exclude each other: processes that see other gradients would "
+                "freeze other layers"
+            )
+        if self.freezing is not None and self.update_in_backward:
+            raise ValueError(
+                "freezing and update_in_backward exclude each other: no gradient is left to look at"
+            )
         if self.on_nan == "rollback" and self.checkpoints is None:
             raise ValueError("on_nan='rollback' needs checkpoints to roll back to")
         if self.resume == "must" and self.checkpoints is None:

@@ -13,6 +13,7 @@ from torch.optim import Optimizer
 
 from optcpu.errors import OptcpuError
 from optcpu.measure.batches import Batch, Loss, as_batches, call_model, describe_call, units_in
+from optcpu.optim.lookahead import Lookahead
 from optcpu.runtime.world import World
 
 
@@ -44,9 +45,18 @@ class MicroBatches:
 
 
 def collect(
-    raw: list[Any], before: dict[str, Any], size_of: Callable[[Batch], int], world: World
+    raw: list[Any],
+    before: dict[str, Any],
+    size_of: Callable[[Batch], int],
+    sum_over_all: Callable[[float], tuple[float, ...]],
 ) -> MicroBatches:
     """Make the batches that a loader gave those of one step.
+
+    Args:
+        raw: at least one.
+        before: the state of data and generators from which they were drawn.
+        size_of: counts the samples in a batch.
+        sum_over_all: of a number in each of the processes that share a step.
 
     Raises:
         TypeError, ValueError: one of them is no batch.
@@ -55,7 +65,7 @@ def collect(
     sizes = [size_of(batch) for batch in batches]
     if min(sizes) < 1:
         raise ValueError(f"a micro-batch counts {min(sizes)} samples; at least 1 was expected")
-    (total,) = world.sum_numbers(float(sum(sizes)))
+    (total,) = sum_over_all(float(sum(sizes)))
     return MicroBatches(batches, before, int(total), sizes=sizes)
 
 
@@ -72,6 +82,8 @@ class StepRunner:
         world: the processes that train together.
         max_grad_norm: clip the gradient to this norm; None leaves it.
         check_gradients: look whether the gradient is finite, also where no norm is needed.
+        local_steps: steps that each process makes by itself before all average their weights; None adds
+            up the gradients of all processes in each step.
     """
 
     def __init__(
@@ -83,9 +95,14 @@ class StepRunner:
         *,
         max_grad_norm: float | None,
         check_gradients: bool,
+        local_steps: int | None = None,
     ) -> None:
         self._model, self._optimizer, self._loss, self._world = model, optimizer, loss, world
         self._max_grad_norm, self._check_gradients = max_grad_norm, check_gradients
+        self._local_steps = local_steps if world.size > 1 else None
+        self._steps_alone = 0
+        if self._local_steps is not None and isinstance(optimizer, Lookahead):
+            optimizer.average = world.average
 
     def run_micro_batch(self, step: MicroBatches) -> None:
         """Forward and backward of the next micro-batch of ``step``; its gradient is added."""
@@ -114,7 +131,10 @@ class StepRunner:
         self._agree_on_failure(step)
         if step.bad is not None:
             return None
-        gradients = self._world.sum_gradients(self._model)
+        if self._local_steps is None:
+            gradients = self._world.sum_gradients(self._model)
+        else:
+            gradients = list(gradients_by_name(self._model).values())
         if self._max_grad_norm is None and not self._check_gradients:
             return None
         norm = torch.nn.utils.get_total_norm([g.detach() for g in gradients]).item()
@@ -131,6 +151,18 @@ class StepRunner:
             torch._foreach_mul_(gradients, limit / (norm + 1e-6))
         self._optimizer.step()
         self.forget_gradients()
+        self._steps_alone += 1
+        if self._steps_alone == self._local_steps:
+            self.meet()
+
+    def meet(self) -> None:
+        """Average the weights of all processes, if each has made steps by itself since the last time."""
+        if self._local_steps is None or self._steps_alone == 0:
+            return
+        in_step = self._steps_alone == self._local_steps and isinstance(self._optimizer, Lookahead)
+        if not in_step:  # else the optimizer has done so
+            self._world.average(self._model.parameters())
+        self._steps_alone = 0
 
     def forget_gradients(self) -> None:
         """Free all gradients."""

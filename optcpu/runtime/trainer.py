@@ -14,7 +14,7 @@ from torch import nn
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler, ReduceLROnPlateau
 
-from optcpu.errors import OptcpuError, warn
+from optcpu.errors import OptcpuError
 from optcpu.measure.batches import Batch, Loss, default_loss
 from optcpu.optim.base import StoredOptimizer
 from optcpu.optim.lookahead import Lookahead
@@ -85,8 +85,8 @@ class Trainer:
         scheduler: any of PyTorch's for ``optimizer``, a function that makes one from it, or the settings
             of one (:class:`optcpu.runtime.options.ScheduleOptions`), or only its name. It steps after
             each optimizer step (``ReduceLROnPlateau`` after each validation).
-        freezer: makes the freezer from model and optimizer, as ``lambda model, optimizer:
-            optcpu.DynamicFreezer(model, optimizer, window=50)``.
+        freezer: makes a freezer from model and optimizer, where the option ``freezing`` does not say
+            enough.
         callbacks: called at the stations of the run.
         passes: the passes of the compiler, as in :func:`optcpu.optimize`.
         state_dtype: of the optimizer, as in :func:`optcpu.optimize`.
@@ -160,11 +160,7 @@ class Trainer:
         self.optimizer = self._prepare(optimizer, passes, state_dtype)
         self._total_steps = self._count_steps()
         self._scheduler = self._make_scheduler(scheduler)
-        self._freezer = None if freezer is None else freezer(model, self.optimizer)
-        if self._freezer is not None and not isinstance(self._freezer, DynamicFreezer):
-            raise TypeError(
-                f"freezer must make a DynamicFreezer, not {type(self._freezer).__name__}"
-            )
+        self._freezer = self._make_freezer(freezer)
 
     @property
     def is_first_process(self) -> bool:
@@ -224,6 +220,24 @@ class Trainer:
             f"not {type(scheduler).__name__}"
         )
 
+    def _make_freezer(
+        self, freezer: Callable[[nn.Module, Optimizer], DynamicFreezer] | None
+    ) -> DynamicFreezer | None:
+        options = self.options.freezing
+        if freezer is None and options is None:
+            return None
+        if freezer is None:
+            assert options is not None
+            settings = options.model_dump()
+            total_steps = self._total_steps if settings.pop("payback") else None
+            return DynamicFreezer(self.model, self.optimizer, total_steps=total_steps, **settings)
+        if options is not None:
+            raise ValueError("give either freezer or freezing, not both of them")
+        made = freezer(self.model, self.optimizer)
+        if not isinstance(made, DynamicFreezer):
+            raise TypeError(f"freezer must make a DynamicFreezer, not {type(made).__name__}")
+        return made
+
     def _check_monitors(self, validates: bool) -> None:
         monitors = {
             "early_stopping.monitor": self.options.early_stopping
@@ -279,8 +293,8 @@ class Trainer:
                     f"resume is 'must', but {options.checkpoints and options.checkpoints.folder} holds "
                     "no checkpoint"
                 )
-            self._seed()
             self._share_weights()
+            self._seed()
             pending = None
         elif options.resume == "never":
             raise OptcpuError(
@@ -354,6 +368,7 @@ class Trainer:
             self._world,
             max_grad_norm=self.options.max_grad_norm,
             check_gradients=self.options.on_nan == "skip",
+            local_steps=self.options.local_steps,
         )
 
     def _open_folder(self) -> CheckpointFolder | None:

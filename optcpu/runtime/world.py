@@ -91,14 +91,23 @@ class World:
             self.sum_tensors([p.grad for p in parameters if p.grad is not None])
         return [p.grad for p in parameters if p.grad is not None]
 
+    @torch.no_grad()
     def sum_tensors(self, tensors: list[Tensor]) -> None:
         """Make each tensor its sum over all processes, in FP32, or in BF16 to save bytes."""
-        sent_as = torch.bfloat16 if self.compress else torch.float32
+        self._reduce(tensors, torch.bfloat16 if self.compress else torch.float32, 1)
+
+    @torch.no_grad()
+    def average(self, tensors: Iterable[Tensor]) -> None:
+        """Make each tensor its mean over all processes, in FP32 whatever ``compress`` says."""
+        if self.size > 1:
+            self._reduce([tensor.detach() for tensor in tensors], torch.float32, self.size)
+
+    def _reduce(self, tensors: list[Tensor], sent_as: torch.dtype, divisor: int) -> None:
         for bucket in _buckets(tensors):
             flat = torch.cat([tensor.reshape(-1).to(sent_as) for tensor in bucket])
             self._all_reduce([flat])
             self.bytes_sent += flat.nbytes
-            pieces = flat.split([tensor.numel() for tensor in bucket])
+            pieces = flat.div_(divisor).split([tensor.numel() for tensor in bucket])
             for tensor, piece in zip(bucket, pieces, strict=True):
                 tensor.copy_(piece.view_as(tensor))
 
@@ -109,17 +118,6 @@ class World:
         everyone: list[Any] = [None] * self.size
         self._guarded(lambda: dist.all_gather_object(everyone, mine))
         return everyone
-
-    @torch.no_grad()
-    def average(self, tensors: Iterable[Tensor]) -> None:
-        """Make each tensor its mean over all processes, in FP32 whatever ``compress`` says."""
-        for tensor in tensors:
-            if self.size == 1:
-                continue
-            mean = tensor.detach().float().clone().div_(self.size)
-            self._all_reduce([mean])
-            self.bytes_sent += mean.nbytes
-            tensor.copy_(mean)
 
     @torch.no_grad()
     def share_from_first(self, tensors: Iterable[Tensor]) -> None:

@@ -58,7 +58,7 @@ def test_a_new_run_begins_anew(tmp_path: Path) -> None:
 
 def test_a_folder_that_cannot_be_is_told(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
-    with pytest.raises(OptcpuError, match="cannot write metrics into .*file"):
+    with pytest.raises(OptcpuError, match=r"cannot write metrics into .*file"):
         MetricsLog(tmp_path / "file")
 
 

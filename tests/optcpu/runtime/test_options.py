@@ -65,7 +65,7 @@ def test_a_bare_value_stands_for_a_group() -> None:
     ],
 )
 def test_a_wrong_setting_is_named(given: dict[str, Any], message: str) -> None:
-    with pytest.raises(ValueError, match="^Trainer: ") as caught:
+    with pytest.raises(ValueError, match=r"^Trainer: ") as caught:
         _read(**given)
     assert message in str(caught.value)
 

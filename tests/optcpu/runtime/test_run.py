@@ -132,15 +132,15 @@ def test_a_run_of_other_parts_is_refused(tmp_path: Path) -> None:
         small_trainer(
             checkpoints=tmp_path, validation_data=small_data(), early_stopping={}
         ).train()
-    with pytest.raises(OptcpuError, match="is of another model.*Missing key"):
+    with pytest.raises(OptcpuError, match=r"is of another model.*Missing key"):
         small_trainer(nn.Linear(6, 2), checkpoints=tmp_path).train()
 
 
 def test_resume_can_be_demanded_or_forbidden(tmp_path: Path) -> None:
-    with pytest.raises(OptcpuError, match="resume is 'must', but .* holds no checkpoint"):
+    with pytest.raises(OptcpuError, match=r"resume is 'must', but .* holds no checkpoint"):
         small_trainer(checkpoints=tmp_path, resume="must").train()
     small_trainer(checkpoints=tmp_path, resume="never").train()
-    with pytest.raises(OptcpuError, match="resume is 'never', but .* holds a checkpoint of step 4"):
+    with pytest.raises(OptcpuError, match=r"resume is 'never', but .* holds a checkpoint of step 4"):
         small_trainer(checkpoints=tmp_path, resume="never").train()
 
 

@@ -32,7 +32,7 @@ def _runner(model: nn.Module, loss: Any = default_loss, **given: Any) -> StepRun
 
 
 def _collect(batches: list[Any]) -> MicroBatches:
-    return collect(batches, {}, units_in, World())
+    return collect(batches, {}, units_in, World().sum_numbers)
 
 
 @given(st.lists(st.integers(1, 6), min_size=1, max_size=5))
@@ -106,7 +106,7 @@ def test_what_is_no_batch_is_told() -> None:
     with pytest.raises(TypeError, match="a batch of type int cannot be used"):
         _collect([3])
     with pytest.raises(ValueError, match="counts 0 samples"):
-        collect([(torch.ones(2), torch.ones(2))], {}, lambda batch: 0, World())
+        collect([(torch.ones(2), torch.ones(2))], {}, lambda batch: 0, World().sum_numbers)
 
 
 def test_gradients_are_put_back() -> None:

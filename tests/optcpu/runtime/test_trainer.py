@@ -145,7 +145,7 @@ def test_wrong_arguments_are_told(given: dict[str, Any], error: type, message: s
 
 
 def test_a_model_that_is_none_or_has_nothing_to_train() -> None:
-    with pytest.raises(TypeError, match="model must be a torch.nn.Module, not str"):
+    with pytest.raises(TypeError, match=r"model must be a torch.nn.Module, not str"):
         Trainer("model", small_data(), epochs=1)  # type: ignore[arg-type]
     with pytest.raises(ValueError, match="there is nothing to train"):
         small_trainer(nn.Linear(6, 3).requires_grad_(False))

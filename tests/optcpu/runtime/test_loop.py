@@ -1,0 +1,262 @@
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.utils.data import TensorDataset
+from training import Losses, assert_equal, small_data, small_model, small_trainer, tensors_of
+
+from optcpu import Trainer
+from optcpu.errors import OptcpuError
+from optcpu.measure.batches import default_loss
+from optcpu.runtime import Callback, CheckpointFolder, TrainingDiverged
+
+
+class _BadIn:
+    """A loss that is NaN in certain micro-batches."""
+
+    def __init__(self, *numbers: int) -> None:
+        self._numbers, self._count = numbers, -1
+
+    def __call__(self, output: Any, batch: Any) -> Tensor:
+        self._count += 1
+        loss = default_loss(output, batch)
+        return loss * math.nan if self._count in self._numbers else loss
+
+
+def test_a_loss_that_is_no_number_ends_the_run_and_loses_nothing(tmp_path: Path) -> None:
+    trainer = small_trainer(checkpoints=tmp_path, loss=_BadIn(6))
+    with pytest.raises(TrainingDiverged, match=r"in step 3, the loss of model\(.*\) is nan\. Lower"):
+        trainer.train()
+    saved = CheckpointFolder(tmp_path).load()
+    assert saved is not None
+    assert saved.step == 2
+    whole = small_trainer()
+    whole.train()
+    resumed = small_trainer(checkpoints=tmp_path)
+    assert resumed.train().steps == 4
+    # The running statistics of the step that failed were moved by its first micro-batches.
+    assert not math.isnan(sum(p.sum().item() for p in resumed.model.parameters()))
+
+
+def test_skip_leaves_the_step_out() -> None:
+    losses = Losses()
+    trainer = small_trainer(loss=_BadIn(4), on_nan="skip", callbacks=[losses])
+    assert trainer.train().steps == 4
+    assert [math.isnan(loss) for loss in losses.losses] == [False, True, False, False]
+    assert all(torch.isfinite(p).all() for p in trainer.model.parameters())
+    assert trainer.optimizer.state_dict()["state"][0]["step"] == 3
+
+
+def test_skip_ends_when_nothing_else_happens() -> None:
+    trainer = small_trainer(loss=_BadIn(*range(100)), on_nan="skip", max_bad_steps=3)
+    with pytest.raises(TrainingDiverged, match=r"in step 4, .* for the 4th time in a row"):
+        trainer.train()
+
+
+def test_rollback_goes_back_to_the_last_checkpoint(tmp_path: Path) -> None:
+    class Weights(Callback):
+        def __init__(self) -> None:
+            self.seen: list[Tensor] = []
+
+        def on_step_end(self, trainer: Trainer, metrics: dict[str, float]) -> None:
+            self.seen.append(trainer.model[0].weight.detach().clone())
+
+    weights = Weights()
+    trainer = small_trainer(
+        loss=_BadIn(9),
+        on_nan="rollback",
+        checkpoints={"folder": tmp_path, "every_steps": 1},
+        callbacks=[weights],
+    )
+    assert trainer.train().steps == 4
+    assert torch.equal(weights.seen[2], weights.seen[1])
+    assert not torch.equal(weights.seen[3], weights.seen[2])
+
+
+def test_rollback_in_the_first_step_goes_back_to_the_beginning(tmp_path: Path) -> None:
+    model = small_model()
+    before = model[0].weight.detach().clone()
+
+    class Check(Callback):
+        def on_step_end(self, trainer: Trainer, metrics: dict[str, float]) -> None:
+            if math.isnan(metrics["loss"]):
+                assert torch.equal(trainer.model[0].weight, before)
+
+    trainer = small_trainer(
+        model, loss=_BadIn(0), on_nan="rollback", checkpoints=tmp_path, callbacks=[Check()]
+    )
+    trainer.train()
+    assert not torch.equal(model[0].weight, before)
+
+
+def test_weights_that_are_no_numbers_are_not_saved(tmp_path: Path) -> None:
+    class Spoil(Callback):
+        def on_step_end(self, trainer: Trainer, metrics: dict[str, float]) -> None:
+            with torch.no_grad():
+                trainer.model[0].weight[0, 0] = math.inf
+
+    with pytest.raises(TrainingDiverged, match=r"after step 1 the weights of '0.weight' are not"):
+        small_trainer(
+            checkpoints={"folder": tmp_path, "every_steps": 1}, callbacks=[Spoil()]
+        ).train()
+    assert CheckpointFolder(tmp_path).load() is None
+
+
+def test_checkpoints_come_when_they_are_due(tmp_path: Path) -> None:
+    def steps(**given: Any) -> list[int]:
+        class Note(Callback):
+            def __init__(self) -> None:
+                self.paths: list[Path] = []
+
+            def on_checkpoint(self, trainer: Trainer, path: Path) -> None:
+                self.paths.append(path)
+
+        note = Note()
+        small_trainer(callbacks=[note], **given).train()
+        return [int(path.name.partition("-")[2]) for path in note.paths]
+
+    assert steps(checkpoints=tmp_path / "epochs") == [2, 4]
+    assert steps(checkpoints={"folder": tmp_path / "3", "every_steps": 3}) == [3, 4]
+    assert steps(checkpoints=tmp_path / "steps", steps=25) == [*range(2, 25, 2), 25]
+    given = {"validation_data": small_data(10, seed=3), "validate_every": 1}
+    best = {"folder": tmp_path / "best", "every_steps": 100, "best": "loss", "keep_last": 1}
+    assert steps(checkpoints=best, **given)[-1] == 4
+    folder = CheckpointFolder(tmp_path / "best")
+    assert folder.best() is not None
+
+
+def test_early_stopping_keeps_the_best(tmp_path: Path) -> None:
+    # Labels for validation that contradict those of training: it can only get worse.
+    inputs, targets = small_data().tensors
+    trainer = small_trainer(
+        epochs=50,
+        lr=0.1,
+        validation_data=TensorDataset(inputs, (targets + 1) % 3),
+        early_stopping={"patience": 3},
+        checkpoints={"folder": tmp_path, "best": "loss"},
+    )
+    result = trainer.train()
+    assert result.epochs < 50
+    assert result.stop_reason is not None
+    assert result.stop_reason.startswith("loss has not improved in 3 validations")
+    folder = CheckpointFolder(tmp_path)
+    best = folder.load(folder.best())
+    assert best.state["position"]["metrics"]["loss"] == result.best
+    assert small_trainer(
+        epochs=50,
+        validation_data=TensorDataset(inputs, (targets + 1) % 3),
+        early_stopping={"patience": 3},
+        checkpoints={"folder": tmp_path, "best": "loss"},
+    ).train().steps == result.steps, "a run that has stopped early is over"
+
+
+def test_validation_comes_when_it_is_due() -> None:
+    class Note(Callback):
+        def __init__(self) -> None:
+            self.steps: list[int] = []
+            self.last = 0
+
+        def on_step_end(self, trainer: Trainer, metrics: dict[str, float]) -> None:
+            self.last += 1
+
+        def on_validation_end(self, trainer: Trainer, metrics: dict[str, float]) -> None:
+            self.steps.append(self.last)
+
+    for given, expected in (
+        ({}, [2, 4]),
+        ({"validate_every": 3}, [3, 4]),
+        ({"validate_every": 2, "steps": 5}, [2, 4, 5]),
+    ):
+        note = Note()
+        small_trainer(validation_data=small_data(6), callbacks=[note], **given).train()
+        assert note.steps == expected
+
+
+def test_a_plateau_scheduler_follows_validation() -> None:
+    model = small_model()
+    optimizer = torch.optim.SGD(model.parameters(), lr=1.0)
+    plateau = torch.optim.lr_scheduler.ReduceLROnPlateau(optimizer, patience=0, threshold=1e9)
+    small_trainer(
+        model, optimizer=optimizer, lr=None, scheduler=plateau, validation_data=small_data(6)
+    ).train()
+    assert optimizer.param_groups[0]["lr"] == pytest.approx(0.01)
+
+
+def test_data_that_fail_lose_nothing(tmp_path: Path) -> None:
+    class Failing(TensorDataset):
+        broken = True
+
+        def __getitem__(self, index: int) -> Any:
+            if self.broken and index == 21:
+                raise KeyError("no such file")
+            return super().__getitem__(index)
+
+    data = Failing(*small_data().tensors)
+    with pytest.raises(OptcpuError, match=r"the training data failed at batch \d of epoch \d.*KeyE"):
+        small_trainer(data=data, checkpoints={"folder": tmp_path, "every_steps": 100}).train()
+    data.broken = False
+    resumed = small_trainer(data=data, checkpoints={"folder": tmp_path, "every_steps": 100})
+    resumed.train()
+    whole = small_trainer(data=data)
+    whole.train()
+    assert_equal(tensors_of(resumed), tensors_of(whole))
+
+
+def test_metrics_are_logged(tmp_path: Path) -> None:
+    losses = Losses()
+    small_trainer(
+        log={"folder": tmp_path, "every_steps": 2},
+        validation_data=small_data(6),
+        max_grad_norm=1.0,
+        callbacks=[losses],
+    ).train()
+    rows = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
+    assert [(row["step"], row["phase"]) for row in rows] == [
+        (2, "train"),
+        (2, "validation"),
+        (4, "train"),
+        (4, "validation"),
+    ]
+    assert rows[0]["loss"] == pytest.approx(sum(losses.losses[:2]) / 2)
+    assert {"lr", "grad_norm", "samples_per_second"} <= rows[0].keys()
+
+
+def test_a_stream_of_one_epoch_ends_with_it() -> None:
+    def stream() -> Iterator[Any]:
+        for sample in small_data():
+            yield sample[0][None], sample[1][None]
+
+    model = nn.Linear(6, 3)
+    assert small_trainer(model, stream(), epochs=1).train().steps == 6
+    with pytest.raises(OptcpuError, match="gone through only once"):
+        small_trainer(model, stream(), epochs=2).train()
+
+
+def test_progress_without_a_terminal(capfd: pytest.CaptureFixture[str]) -> None:
+    small_trainer(progress=None, validation_data=small_data(6)).train()
+    told = capfd.readouterr().err
+    assert "step 1/4  epoch 1  loss" in told
+    assert "step 4: validation loss" in told
+    small_trainer(progress=False, validation_data=small_data(6)).train()
+    assert capfd.readouterr().err == ""
+
+
+def test_the_mode_of_the_model_is_kept() -> None:
+    model = nn.Sequential(nn.Linear(6, 3), nn.Dropout(0.5))
+    model.eval()
+    modes = []
+
+    class Note(Callback):
+        def on_step_end(self, trainer: Trainer, metrics: dict[str, float]) -> None:
+            modes.append(trainer.model.training)
+
+    small_trainer(model, callbacks=[Note()], validation_data=small_data(6)).train()
+    assert set(modes) == {True}
+    assert not model.training

@@ -1,0 +1,127 @@
+"""Several processes that train together, started by torchrun."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from training import small_data, small_trainer
+
+from optcpu.runtime.world import World
+
+HERE = Path(__file__).parent
+
+SCRIPT = """
+import json, os, sys
+import torch
+sys.path.insert(0, os.environ["TRAINING"])
+from training import Losses, small_data, small_model, small_trainer
+
+class Dying(Losses):
+    def on_step_end(self, trainer, metrics):
+        super().on_step_end(trainer, metrics)
+        if os.environ.get("RANK") == os.environ.get("DIES") and len(self.losses) == 3:
+            os.kill(os.getpid(), 9)
+
+torch.set_num_threads(1)
+torch.manual_seed(0)
+given = json.loads(sys.argv[1])
+losses = Dying()
+model = torch.nn.Sequential(torch.nn.Linear(6, 8), torch.nn.Tanh(), torch.nn.Linear(8, 3))
+trainer = small_trainer(model, small_data(64), callbacks=[losses], threads=1, **given)
+result = trainer.train()
+weights = torch.cat([p.detach().flatten() for p in model.parameters()]).tolist()
+out = {"losses": losses.losses, "weights": weights, "bytes": trainer._world.bytes_sent,
+       "steps": result.steps, "metrics": result.metrics}
+with open(f"{sys.argv[2]}-{os.environ.get('RANK', 0)}.json", "w") as file:
+    json.dump(out, file)
+"""
+
+
+def _run(
+    tmp_path: Path, processes: int, name: str = "out", dies: int | None = None, **given: Any
+) -> tuple[list[dict[str, Any]], str]:
+    """What each process gives, and what they printed."""
+    script = tmp_path / "script.py"
+    script.write_text(SCRIPT)
+    torchrun = ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={processes}"]
+    command = [sys.executable, *(torchrun if processes > 1 else [])]
+    done = subprocess.run(
+        [*command, str(script), json.dumps(given), str(tmp_path / name)],
+        env={**os.environ, "TRAINING": str(HERE), "DIES": str(dies), "OMP_NUM_THREADS": "1"},
+        capture_output=True,
+        text=True,
+        timeout=240,
+    )
+    if dies is None:
+        assert done.returncode == 0, done.stderr
+    results = [tmp_path / f"{name}-{rank}.json" for rank in range(processes)]
+    return [json.loads(path.read_text()) for path in results if path.exists()], done.stderr
+
+
+def test_one_process_needs_nothing() -> None:
+    world = World()
+    assert world.sum_numbers(1.0, 2.0) == (1.0, 2.0)
+    assert world.gather({"a": 1}) == [{"a": 1}]
+    tensor = torch.ones(2)
+    world.average([tensor])
+    assert tensor.tolist() == [1, 1]
+    assert world.bytes_sent == 0
+
+
+@pytest.mark.slow
+def test_two_processes_are_one_with_the_same_global_batch(tmp_path: Path) -> None:
+    given: dict[str, Any] = {"epochs": 3, "optimizer": "sgd", "validation_data": None}
+    (alone,), _ = _run(tmp_path, 1, "one", batch_size=8, accumulation_steps=3, **given)
+    both, _ = _run(tmp_path, 2, "two", batch_size=4, accumulation_steps=3, **given)
+    assert both[0]["losses"] == both[1]["losses"]
+    assert both[0]["weights"] == both[1]["weights"]
+    assert both[0]["losses"] == pytest.approx(alone["losses"], rel=1e-5)
+    assert both[0]["weights"] == pytest.approx(alone["weights"], rel=1e-4, abs=1e-6)
+    compressed, _ = _run(
+        tmp_path, 2, "bf16", batch_size=4, accumulation_steps=3, compress_gradients=True, **given
+    )
+    assert compressed[0]["bytes"] * 2 == both[0]["bytes"]
+    assert compressed[0]["losses"] == pytest.approx(alone["losses"], rel=0.02)
+
+
+@pytest.mark.slow
+def test_a_lost_process_ends_the_job_and_the_checkpoint_goes_on_with_one(tmp_path: Path) -> None:
+    given: dict[str, Any] = {"epochs": 3, "optimizer": "sgd", "accumulation_steps": 1}
+    (alone,), _ = _run(tmp_path, 1, "one", batch_size=8, **given)
+    checkpoints = {"folder": str(tmp_path / "checkpoints"), "every_steps": 2}
+    _, told = _run(tmp_path, 2, "two", dies=1, batch_size=4, checkpoints=checkpoints, **given)
+    assert "cannot reach the others any more" in told
+    assert "it goes on from the newest checkpoint" in told
+    (resumed,), _ = _run(tmp_path, 1, "on", batch_size=8, checkpoints=checkpoints, **given)
+    assert resumed["steps"] == alone["steps"]
+    assert resumed["losses"] == pytest.approx(alone["losses"][-len(resumed["losses"]) :], rel=1e-4)
+    assert resumed["weights"] == pytest.approx(alone["weights"], rel=1e-3, abs=1e-6)
+
+
+@pytest.mark.slow
+def test_local_sgd_sends_less_and_learns_as_much(tmp_path: Path) -> None:
+    given: dict[str, Any] = {"epochs": 20, "batch_size": 2, "accumulation_steps": 1, "lr": 0.02}
+    each, _ = _run(tmp_path, 2, "each", **given)
+    lookahead = {"name": "adamw", "lr": 0.02, "lookahead": {"k": 20, "alpha": 0.8}}
+    given.pop("lr")
+    local, _ = _run(tmp_path, 2, "local", lr=None, optimizer=lookahead, local_steps=20, **given)
+    assert local[0]["weights"] == local[1]["weights"]
+    assert each[0]["bytes"] >= 15 * local[0]["bytes"]
+    assert sum(local[0]["losses"][-16:]) / 16 < 0.5
+    assert sum(each[0]["losses"][-16:]) / 16 < 0.5
+
+
+def test_local_steps_alone_in_the_world_change_nothing() -> None:
+    with_, without = small_trainer(local_steps=2), small_trainer()
+    with_.train()
+    without.train()
+    for one, other in zip(with_.model.parameters(), without.model.parameters(), strict=True):
+        assert torch.equal(one, other)
+    assert len(small_data()) == 22
