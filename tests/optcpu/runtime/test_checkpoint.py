@@ -196,6 +196,22 @@ def test_a_run_goes_on_after_damage(folder: CheckpointFolder) -> None:
     assert loaded(folder) == 4
 
 
+def test_what_was_just_saved_is_never_removed(
+    folder: CheckpointFolder, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder.keep_last = 1
+    folder.save(state(1), 1)
+
+    def unreadable(path: Path) -> checkpoint_format.Manifest:
+        raise OptcpuError("manifest.json cannot be read (Stale file handle)")
+
+    with monkeypatch.context() as patch:
+        patch.setattr("optcpu.runtime.checkpoint.read_manifest", unreadable)
+        path = folder.save(state(2), 0)
+    assert folder.load(path).state["count"] == 2
+    assert loaded(folder) == 2
+
+
 def test_one_checkpoint_by_its_path(folder: CheckpointFolder, tmp_path: Path) -> None:
     path = folder.save(state(5), 5)
     elsewhere = tmp_path / "my favourite"

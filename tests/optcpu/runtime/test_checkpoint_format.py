@@ -17,10 +17,14 @@ from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 from safetensors import safe_open
 from safetensors.torch import load_file, load_model
-from torch import nn
+from torch import Tensor, nn
 
 from optcpu.errors import OptcpuError
+from optcpu.optim import AdamW, Lookahead
+from optcpu.optim.formats import Format
+from optcpu.optim.weights import store_weights
 from optcpu.runtime.checkpoint_format import Contents, read_checkpoint
+from optcpu.runtime.rng import rng_state, set_rng_state
 
 FILES = ("manifest.json", "model.safetensors", "state.json", "tensors.safetensors")
 
@@ -71,6 +75,54 @@ def test_a_model_and_its_optimizer_come_back(tmp_path: Path) -> None:
     other = Tied()
     other.load_state_dict(back["model"])
     torch.optim.AdamW(other.parameters()).load_state_dict(back["optimizer"])
+
+
+class Training:
+    """A small run with everything that has a state."""
+
+    def __init__(self, weights: Format, seed: int) -> None:
+        torch.manual_seed(seed)
+        self.model = nn.Sequential(
+            nn.Conv2d(2, 4, 3), nn.BatchNorm2d(4), nn.Dropout(), nn.Flatten(), nn.Linear(16, 8)
+        ).to(memory_format=torch.channels_last)
+        inner = AdamW(self.model.parameters(), lr=1e-2, state_dtype=torch.bfloat16, seed=seed)
+        self.optimizer = Lookahead(inner, k=3, slow_dtype=torch.bfloat16, pullback="pullback")
+        self.scheduler = torch.optim.lr_scheduler.MultiStepLR(inner, [2, 5, 8])
+        if weights != Format.FLOAT:
+            store_weights(self.model, self.model.parameters(), weights)
+
+    def state(self) -> dict[str, Any]:
+        parts = {
+            name: getattr(self, name).state_dict() for name in ("model", "optimizer", "scheduler")
+        }
+        return {**parts, "random": rng_state()}
+
+    def load(self, state: dict[str, Any]) -> None:
+        for name in ("model", "optimizer", "scheduler"):
+            getattr(self, name).load_state_dict(state[name])
+        set_rng_state(state["random"])
+
+    def steps(self, count: int) -> list[Any]:
+        for _ in range(count):
+            self.optimizer.zero_grad()
+            self.model(torch.randn(5, 2, 4, 4)).pow(2).mean().backward()
+            self.optimizer.step()
+            self.scheduler.step()
+        return [
+            self.optimizer.param_groups[0]["lr"],
+            *map(Tensor.tolist, self.model.state_dict().values()),
+        ]
+
+
+@pytest.mark.parametrize("weights", list(Format))
+def test_training_goes_on_bit_for_bit(tmp_path: Path, weights: Format) -> None:
+    training = Training(weights, seed=1)
+    training.steps(4)
+    folder = write(tmp_path / "c", training.state())
+    expected = training.steps(6)
+    other = Training(weights, seed=2)
+    other.load(read_checkpoint(folder).state)
+    assert other.steps(6) == expected
 
 
 def test_anyone_can_load_the_model(tmp_path: Path) -> None:

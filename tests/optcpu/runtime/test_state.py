@@ -82,6 +82,10 @@ def tensors(dtype: torch.dtype) -> dict[str, Tensor]:
 @pytest.mark.filterwarnings("ignore:ComplexHalf support is experimental")
 @pytest.mark.parametrize("dtype", ALL_DTYPES, ids=str)
 def test_tensors_of_any_dtype_and_layout(dtype: torch.dtype) -> None:
+    try:
+        torch.empty(2, 2, dtype=dtype).t().contiguous()
+    except NotImplementedError:
+        pytest.skip("this PyTorch cannot copy such tensors")
     state = tensors(dtype)
     back = through(state)
     assert bits(back) == bits(state)
