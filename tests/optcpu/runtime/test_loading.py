@@ -182,8 +182,11 @@ class TestOwnLoader:
     def test_length_counts_what_was_done_and_what_is_left(self) -> None:
         feed = Feed(Augmented(), batch_size=4)
         assert len(feed) == feed.length == 6
-        feed.take(2)
+        feed.take(9)
         assert len(feed) == 6
+        feed.next_epoch()
+        assert len(feed) == 6
+        feed.take(2)
         larger = Feed(Augmented(), batch_size=8)
         larger.load_state_dict(feed.state_dict())
         assert len(larger) == 2 + 2
