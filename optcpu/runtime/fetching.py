@@ -109,10 +109,11 @@ def choose_workers(
     """How many processes shall fetch batches.
 
     A worker on a core of its own hides what fetching takes, and costs the transfer of each batch. A worker
-    that takes a core from training makes the other threads wait at the end of each parallel loop. On two
-    cores that both trained, and that other programs used as well, a network of 4 ms a step made 222, 168,
-    128 and 38 steps/s with 1, 2, 5 and 20 ms of NumPy work a batch in the main process, 122, 88, 73 and 28
-    with one worker, 122, 88, 72 and 42 with two: workers lost up to 5 ms and two of them won at 20.
+    that takes a core from training makes the other threads wait at the end of each parallel loop. With a
+    small network on two cores that both trained, one worker made steps 1.8 times as slow where a batch took
+    1 to 5 ms of NumPy work, and two were about even or a little better at 20 ms. That was one run of three
+    rounds on cores that other programs used as well: the limit for busy cores is a guess between those,
+    and the one for spare cores was not measured.
 
     Args:
         batch_seconds: that the main process takes to fetch one.
