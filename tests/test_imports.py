@@ -31,6 +31,7 @@ LAYERS: tuple[tuple[str, ...], ...] = (
 # Only these may be needed by everyone who installs optcpu; anything else is optional and has to be
 # imported where it is used, so that its absence can be told.
 REQUIRED = {"torch", "numpy", "rich", "cloudpickle", "psutil", "pydantic", "safetensors"}
+REQUIRED_BY_OLD_PYTHONS = {"tomli"}
 
 MODULES = sorted([*ROOT.glob("passes/**/*.py"), *ROOT.glob("optcpu/**/*.py")])
 
@@ -102,15 +103,16 @@ def test_passes_need_torch_and_the_standard_library_only(path: Path) -> None:
 
 @pytest.mark.parametrize("path", MODULES, ids=_name)
 def test_optional_libraries_are_imported_where_they_are_used(path: Path) -> None:
-    allowed = {"optcpu", "passes", *REQUIRED, *sys.stdlib_module_names}
+    allowed = {"optcpu", "passes", *REQUIRED, *REQUIRED_BY_OLD_PYTHONS, *sys.stdlib_module_names}
     assert {imported.split(".")[0] for imported in _imports(path, everywhere=False)} <= allowed
 
 
 def test_required_libraries_are_the_declared_ones() -> None:
     declared = (ROOT / "pyproject.toml").read_text().partition("dependencies = [")[2]
     lines = [line for line in declared.partition("]")[0].split("\n") if ">=" in line]
-    everywhere = [line for line in lines if ";" not in line]  # not for some Pythons only
-    assert {line.split(">=")[0].strip(' ",') for line in everywhere} == REQUIRED
+    names = {line.split(">=")[0].strip(' ",'): "python_version <" in line for line in lines}
+    assert {name for name, for_old in names.items() if not for_old} == REQUIRED
+    assert {name for name, for_old in names.items() if for_old} == REQUIRED_BY_OLD_PYTHONS
 
 
 def test_a_wrong_import_would_be_seen(tmp_path: Path) -> None:

@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 import torch
-from training import small_data, small_trainer
+from training import small_trainer
 
 from optcpu.runtime.world import World
 
@@ -124,4 +124,3 @@ def test_local_steps_alone_in_the_world_change_nothing() -> None:
     without.train()
     for one, other in zip(with_.model.parameters(), without.model.parameters(), strict=True):
         assert torch.equal(one, other)
-    assert len(small_data()) == 22
