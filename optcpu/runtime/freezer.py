@@ -15,6 +15,7 @@ from torch.optim import Optimizer
 from optcpu.runtime import freezing_effects as effects
 from optcpu.runtime import freezing_rule as rules
 from optcpu.runtime.freezing_blocks import Block, find_blocks
+from optcpu.runtime.freezing_cache import split
 from optcpu.runtime.freezing_gradients import GradientObserver
 from optcpu.runtime.freezing_payback import Costs, Payback, share_saved
 
@@ -196,6 +197,17 @@ class DynamicFreezer:
         self._progress = rules.after_unfreeze(self._progress)
         self._observer.begin_window()
         return self._enter("unfreeze", frozen, reason)
+
+    def split(self) -> tuple[nn.Sequential, nn.Sequential]:
+        """The frozen prefix and the rest of a ``Sequential`` model, which share its modules.
+
+        For :class:`optcpu.runtime.freezing_cache.PrefixCache`, where the same samples come again
+        unchanged.
+
+        Raises:
+            ValueError: the model is no ``Sequential``, or no whole module at its front is frozen.
+        """
+        return split(self.model)
 
     def keep_modes(self) -> None:
         """With ``eval_frozen=True``, put frozen blocks into evaluation mode; ``model.train()`` ends it."""
