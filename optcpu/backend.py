@@ -36,6 +36,8 @@ class Backend:
         fallback: whether a part that cannot be compiled runs eagerly, with one warning, or raises
             :class:`optcpu.errors.CompileError`.
         record: where what happens is written down.
+        activation_memory: the share of the activations' memory that may be used, from 0 to 1; what does
+            not fit is computed anew in the backward pass.
         codegen: whether Inductor generates code for the rewritten graphs; without it they are run one
             operator at a time, which needs no C++ compiler and starts faster.
 
@@ -49,10 +51,12 @@ class Backend:
         *,
         fallback: bool = True,
         record: Record | None = None,
+        activation_memory: float = 1.0,
         codegen: bool = True,
     ) -> None:
         self.pipeline = pipeline
         self.fallback = fallback
+        self.activation_memory = activation_memory
         self.codegen = codegen
         self.record = record if record is not None else Record()
         self.parts_run = 0
@@ -69,7 +73,10 @@ class Backend:
         if inductor_config.post_grad_custom_post_pass is None:
             patches["post_grad_custom_post_pass"] = _CacheKey(key)
         # A buffer that the backward may overwrite would forbid backward(retain_graph=True).
-        tracing: dict[str, Any] = {"donated_buffer": False}
+        tracing: dict[str, Any] = {
+            "donated_buffer": False,
+            "activation_memory_budget": self.activation_memory,
+        }
         if key is None:
             patches["fx_graph_cache"] = False
             tracing["enable_autograd_cache"] = False

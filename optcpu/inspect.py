@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import inspect as signatures
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -80,7 +81,9 @@ def _settings(
             return present.settings
         resolved = present.settings.precision
     pipeline = Pipeline.of(default_passes(resolved) if chosen is None else chosen)
-    return Settings(resolved, pipeline, True, present.settings.dynamic if present else None)
+    if present is None:
+        return Settings(resolved, pipeline, fallback=True, dynamic=None)
+    return replace(present.settings, precision=resolved, pipeline=pipeline, fallback=True)
 
 
 def _inspection(

@@ -35,6 +35,7 @@ class Settings:
     pipeline: Pipeline
     fallback: bool
     dynamic: bool | None
+    activation_memory: float = 1.0
 
     def difference(self, present: Settings) -> str:
         """What differs, in words: ``"precision is 'bf16', not 'fp32'"``."""
@@ -59,6 +60,7 @@ def optimize(
     fallback: bool = True,
     keep_memory: bool = True,
     dynamic: bool | None = None,
+    activation_memory: float = 1.0,
     weights: str = "auto",
     state_dtype: torch.dtype | None = None,
 ) -> Model: ...
@@ -74,6 +76,7 @@ def optimize(
     fallback: bool = True,
     keep_memory: bool = True,
     dynamic: bool | None = None,
+    activation_memory: float = 1.0,
     weights: str = "auto",
     state_dtype: torch.dtype | None = None,
 ) -> tuple[Model, AnyOptimizer]: ...
@@ -88,6 +91,7 @@ def optimize(
     fallback: bool = True,
     keep_memory: bool = True,
     dynamic: bool | None = None,
+    activation_memory: float = 1.0,
     weights: str = "auto",
     state_dtype: torch.dtype | None = None,
 ) -> Model | tuple[Model, AnyOptimizer]:
@@ -112,6 +116,9 @@ def optimize(
             step time; holds for the whole process.
         dynamic: as in :func:`torch.compile`: None compiles a size anew once when it changes and then for
             all sizes, True for all sizes from the start, False for each size.
+        activation_memory: how much of the memory that activations take between forward and backward may
+            be used, from 0 to 1: 1 keeps them all, 0 keeps the inputs alone and computes the rest anew.
+            Between the two the compiler chooses what is cheapest to compute anew.
         weights: how the optimizer stores weights of two dimensions or more: ``"fp32"``; ``"split"`` is a
             BF16 half to compute with and another half that makes it the exact FP32 weight, 4 bytes in
             all; ``"bf16"`` is the BF16 half alone, rounded stochastically, 2 bytes. ``"auto"`` is
@@ -126,7 +133,7 @@ def optimize(
     Raises:
         TypeError: ``model`` is no module, ``optimizer`` no optimizer, or an entry of ``passes`` no pass.
         ValueError: a parameter is not on the CPU, not FP32, or not finite; ``precision``, ``weights``
-            or ``state_dtype`` is unknown.
+            or ``state_dtype`` is unknown; ``activation_memory`` does not lie between 0 and 1.
         OptcpuError: the model was optimized before with other settings.
     """
     _check_model(model)
@@ -136,7 +143,9 @@ def optimize(
     pipeline = Pipeline.of(default_passes(resolved) if passes is None else passes)
     storage = resolve_weights(weights, resolved)
     state_dtype = resolve_state_dtype(state_dtype, resolved)
-    settings = Settings(resolved, pipeline, fallback, dynamic)
+    if not 0 <= activation_memory <= 1:
+        raise ValueError(f"activation_memory must lie between 0 and 1, not {activation_memory!r}")
+    settings = Settings(resolved, pipeline, fallback, dynamic, float(activation_memory))
     present = compiled_call(model)
     if present is not None and present.settings != settings:
         raise OptcpuError(
@@ -197,7 +206,12 @@ class CompiledCall:
     def __init__(self, model: nn.Module, settings: Settings, record: Record | None = None) -> None:
         self.settings = settings
         self.replaced = model._compiled_call_impl
-        self.backend = Backend(settings.pipeline, fallback=settings.fallback, record=record)
+        self.backend = Backend(
+            settings.pipeline,
+            fallback=settings.fallback,
+            record=record,
+            activation_memory=settings.activation_memory,
+        )
         self._eager: Callable[..., Any] = model._call_impl
         self._needs_autocast = needs_autocast(model, settings.precision)
         self._given_up = False

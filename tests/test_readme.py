@@ -13,6 +13,7 @@ from pathlib import Path
 import pytest
 
 from optcpu.cli import _parser
+from optcpu.runtime.config import parse_override, read_config
 
 ROOT = Path(__file__).parents[1]
 README = (ROOT / "README.md").read_text()
@@ -81,10 +82,17 @@ def test_has_code_to_run() -> None:
     assert len(SECTIONS) >= 4
 
 
-@pytest.mark.parametrize("line", [line for line in _shell_lines() if line.startswith("optcpu ")])
-def test_commands_are_understood(line: str) -> None:
-    arguments = _parser().parse_args(shlex.split(line, comments=True)[1:])
+@pytest.mark.parametrize("line", [line for line in _shell_lines() if re.search(r"\boptcpu ", line)])
+def test_commands_are_understood(line: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    if line.startswith("pip"):
+        line = line.partition(" && ")[2]
+    words = shlex.split(line, comments=True)
+    arguments = _parser().parse_args(words[words.index("optcpu") + 1 :])
     assert arguments.run is not None
+    if "--config" in words:
+        monkeypatch.chdir(ROOT)
+        overrides = dict(parse_override(text) for text in arguments.overrides)
+        assert read_config(Path(arguments.config), overrides).job == "digits-cnn"
 
 
 def test_install_commands_name_what_is_there() -> None:

@@ -94,7 +94,13 @@ class _Call:
 def _run(
     observation: Observation, call: _Call, settings: Settings, loss: Loss | None, codegen: bool
 ) -> None:
-    backend = Backend(settings.pipeline, fallback=True, record=observation.record, codegen=codegen)
+    backend = Backend(
+        settings.pipeline,
+        fallback=True,
+        record=observation.record,
+        activation_memory=settings.activation_memory,
+        codegen=codegen,
+    )
     frame = _own_frame(call.model._call_impl)
     # Dynamo remembers by file, line and name which sizes have varied between calls.
     frame.__code__ = frame.__code__.replace(co_name=f"inspect_{secrets.token_hex(8)}")

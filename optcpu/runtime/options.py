@@ -177,6 +177,7 @@ class TrainerOptions(Options):
         weights: how weights are stored, as in :func:`optcpu.optimize`.
         compile: whether the model is compiled; without it, it runs eagerly.
         dynamic: compile one graph for all shapes rather than one for each.
+        activation_memory: how much of the activations' memory may be used, as in :func:`optcpu.optimize`.
         update_in_backward: update each parameter as soon as its gradient is complete.
         on_nan: when the loss or the gradient is not finite: ``"stop"`` with an error, ``"skip"`` the
             step, or ``"rollback"`` to the last checkpoint and go on with the data that come next.
@@ -211,6 +212,7 @@ class TrainerOptions(Options):
     weights: Literal["auto", "fp32", "split", "bf16"] = "auto"
     compile: bool = True
     dynamic: bool = False
+    activation_memory: float = Field(1.0, ge=0, le=1)
     update_in_backward: bool = False
     on_nan: Literal["stop", "skip", "rollback"] = "stop"
     max_bad_steps: int = Field(10, ge=1)
@@ -237,6 +239,11 @@ class TrainerOptions(Options):
             value = getattr(self, name)
             if isinstance(value, int) and value < least:
                 raise ValueError(f"{name} must be at least {least}, or 'auto'")
+        if self.activation_memory < 1 and not self.compile:
+            raise ValueError(
+                "activation_memory needs compile: an eager model keeps what it keeps; wrap its blocks in "
+                "torch.utils.checkpoint, or compile it"
+            )
         if self.update_in_backward and self.max_grad_norm is not None:
             raise ValueError(
                 "update_in_backward and max_grad_norm exclude each other: the norm of the whole "

@@ -99,6 +99,9 @@ class StepRunner:
     ) -> None:
         self._model, self._optimizer, self._loss, self._world = model, optimizer, loss, world
         self._max_grad_norm, self._check_gradients = max_grad_norm, check_gradients
+        # An optimizer may have parameters that the model has not, and the other way round.
+        updated = (p for group in optimizer.param_groups for p in group["params"])
+        self._parameters = list(dict.fromkeys([*model.parameters(), *updated]))
         self._local_steps = local_steps if world.size > 1 else None
         self._steps_alone = 0
         if self._local_steps is not None and isinstance(optimizer, Lookahead):
@@ -132,11 +135,10 @@ class StepRunner:
         if step.bad is not None:
             return None
         if self._local_steps is None:
-            gradients = self._world.sum_gradients(self._model)
-        else:
-            gradients = list(gradients_by_name(self._model).values())
+            self._world.sum_gradients(self._model)
         if self._max_grad_norm is None and not self._check_gradients:
             return None
+        gradients = gradients_by_name(self._model).values()
         norm = torch.nn.utils.get_total_norm([g.detach() for g in gradients]).item()
         if not math.isfinite(norm):
             step.bad = f"the norm of the gradient is {norm}"
@@ -166,8 +168,8 @@ class StepRunner:
 
     def forget_gradients(self) -> None:
         """Free all gradients."""
-        self._optimizer.zero_grad(set_to_none=True)
-        self._model.zero_grad(set_to_none=True)  # parameters that the optimizer does not have
+        for parameter in self._parameters:
+            parameter.grad = None
 
     def _agree_on_failure(self, step: MicroBatches) -> None:
         (failed,) = self._world.sum_numbers(float(step.bad is not None))

@@ -187,6 +187,7 @@ class Trainer:
                 precision=options.precision,
                 passes=passes,
                 dynamic=options.dynamic,
+                activation_memory=options.activation_memory,
                 weights=options.weights,
                 state_dtype=state_dtype,
             )

@@ -75,21 +75,23 @@ class World:
         self._all_reduce([tensor])
         return tuple(tensor.tolist())
 
-    def sum_gradients(self, model: nn.Module) -> list[Tensor]:
-        """Make each gradient its sum over all processes; returns them.
+    def sum_gradients(self, model: nn.Module) -> None:
+        """Make each gradient its sum over all processes.
 
         A parameter that has a gradient in some processes counts as having a zero one in the others.
         """
+        if self.size == 1:
+            return
         parameters = [p for p in model.parameters() if p.requires_grad]
-        if self.size > 1:
-            used = torch.tensor([float(p.grad is not None) for p in parameters])
-            self._all_reduce([used])
-            parameters = [p for p, n in zip(parameters, used.tolist(), strict=True) if n]
-            for parameter in parameters:
-                if parameter.grad is None:
-                    parameter.grad = torch.zeros(parameter.shape)
-            self.sum_tensors([p.grad for p in parameters if p.grad is not None])
-        return [p.grad for p in parameters if p.grad is not None]
+        used = torch.tensor([float(p.grad is not None) for p in parameters])
+        self._all_reduce([used])
+        gradients = []
+        for parameter, count in zip(parameters, used.tolist(), strict=True):
+            if count and parameter.grad is None:
+                parameter.grad = torch.zeros(parameter.shape)
+            if parameter.grad is not None:
+                gradients.append(parameter.grad)
+        self.sum_tensors(gradients)
 
     @torch.no_grad()
     def sum_tensors(self, tensors: list[Tensor]) -> None:

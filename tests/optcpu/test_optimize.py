@@ -248,3 +248,26 @@ def test_the_setting_that_differs_is_named() -> None:
     with pytest.raises(optcpu.OptcpuError, match="other passes"):
         optcpu.optimize(model, precision="fp32", passes=[])
     assert optcpu.optimize(model, precision="fp32", passes=optcpu.default_passes("fp32")) is model
+
+
+def test_activations_are_computed_anew_where_memory_is_short() -> None:
+    def blocks() -> nn.Sequential:
+        torch.manual_seed(0)
+        return nn.Sequential(*[nn.Sequential(nn.Linear(16, 16), nn.GELU()) for _ in range(6)])
+
+    def kept_bytes(output: Tensor) -> int:
+        """Of activations, which are as long as the batch."""
+        saved: list[Tensor] = output.grad_fn.saved_tensors  # type: ignore[union-attr]
+        return sum(t.nbytes for t in saved if t.dim() and t.shape[0] == len(x))
+
+    x = torch.randn(40, 16)
+    expected = gradients(blocks(), x)
+    kept = []
+    for share in (1.0, 0.5, 0.0):
+        model = optcpu.optimize(blocks(), precision="fp32", activation_memory=share)
+        kept.append(kept_bytes(model(x)))
+        for ours, theirs in zip(gradients(model, x), expected, strict=True):
+            torch.testing.assert_close(ours, theirs)
+    assert kept[0] > kept[1] > kept[2] == x.nbytes
+    with pytest.raises(ValueError, match=r"activation_memory must lie between 0 and 1, not 1.5"):
+        optcpu.optimize(blocks(), activation_memory=1.5)

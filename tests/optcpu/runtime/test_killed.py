@@ -57,7 +57,7 @@ def test_killed_at_any_point(tmp_path: Path, loader: bool) -> None:
     seconds = time.perf_counter() - started
     moments = random.Random(0)
     killed = 0
-    for attempt in range(4 * KILLS):
+    for _ in range(4 * KILLS):
         child = os.fork()
         if child == 0:
             _train_and_leave(tmp_path, loader)
@@ -75,4 +75,4 @@ def test_killed_at_any_point(tmp_path: Path, loader: bool) -> None:
         # It came to its end before the next kill: begin anew.
         for path in sorted(tmp_path.rglob("*"), reverse=True):
             path.rmdir() if path.is_dir() else path.unlink()
-    assert killed >= KILLS, attempt
+    assert killed >= KILLS
