@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import functools
 import io
 import json
 import logging
@@ -389,12 +390,17 @@ def resumed(
     return parts[0], parts[2]
 
 
-@pytest.mark.parametrize("order", ["012", "201"])
-@pytest.mark.parametrize("name", MAKERS)
-@pytest.mark.parametrize("unfreeze_after", [None, 3])
+@pytest.mark.parametrize(
+    ("name", "unfreeze_after", "order"),
+    [
+        *((name, None, "012") for name in MAKERS),
+        *((name, 3, "201") for name in ("adamw", "lookahead", "lookahead-optcpu")),
+    ],
+)
 def test_a_resumed_run_is_the_uninterrupted_one_bit_for_bit(
     name: str, unfreeze_after: int | None, order: str
 ) -> None:
+    torch.set_num_threads(1)  # small tensors, and other processes may want the other one
     costs = {"total_steps": 40, "step_seconds": 1.0, "compile_seconds": 4.0}
     settings = {**costs, "unfreeze_after": unfreeze_after}
     model, freezer = resumed(MAKERS[name], 0, settings, order)
@@ -465,6 +471,7 @@ def test_updates_in_backward_are_refused() -> None:
         DynamicFreezer(model, optimizer)
 
 
+@functools.cache
 def fine_tuned(kind: str, steps: int = 300) -> tuple[float, DynamicFreezer | None]:
     """Accuracy on digits after pretraining, a new last layer, and training again."""
     from optcpu.data import digits
