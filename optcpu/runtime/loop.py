@@ -242,7 +242,7 @@ class Loop:
         run, position = self._run, self._run.position
         assert self._validation is not None
         self._display.phase("validation")
-        started = time.perf_counter()
+        started, compiled = time.perf_counter(), self._compilations()
         self._runner.meet()
         run.world.share_from_first(run.model.buffers())
         results = validate(
@@ -254,7 +254,8 @@ class Loop:
         )
         if results is None:
             return None
-        run.clock.add("validation", time.perf_counter() - started)
+        phase = "validation" if self._compilations() == compiled else "compile"
+        run.clock.add(phase, time.perf_counter() - started)
         position.validated, position.metrics, self._changed = position.step, results, True
         told = "  ".join(f"{name} {value:.4g}" for name, value in results.items())
         self._display.message(f"step {position.step}: validation {told}")

@@ -6,6 +6,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import psutil
 import pytest
 import torch
 from torch import Tensor, nn
@@ -32,7 +33,9 @@ class _BadIn:
 
 def test_a_loss_that_is_no_number_ends_the_run_and_loses_nothing(tmp_path: Path) -> None:
     trainer = small_trainer(checkpoints=tmp_path, loss=_BadIn(6))
-    with pytest.raises(TrainingDiverged, match=r"in step 3, the loss of model\(.*\) is nan\. Lower"):
+    with pytest.raises(
+        TrainingDiverged, match=r"in step 3, the loss of model\(.*\) is nan\. Lower"
+    ):
         trainer.train()
     saved = CheckpointFolder(tmp_path).load()
     assert saved is not None
@@ -149,12 +152,17 @@ def test_early_stopping_keeps_the_best(tmp_path: Path) -> None:
     folder = CheckpointFolder(tmp_path)
     best = folder.load(folder.best())
     assert best.state["position"]["metrics"]["loss"] == result.best
-    assert small_trainer(
-        epochs=50,
-        validation_data=TensorDataset(inputs, (targets + 1) % 3),
-        early_stopping={"patience": 3},
-        checkpoints={"folder": tmp_path, "best": "loss"},
-    ).train().steps == result.steps, "a run that has stopped early is over"
+    assert (
+        small_trainer(
+            epochs=50,
+            validation_data=TensorDataset(inputs, (targets + 1) % 3),
+            early_stopping={"patience": 3},
+            checkpoints={"folder": tmp_path, "best": "loss"},
+        )
+        .train()
+        .steps
+        == result.steps
+    ), "a run that has stopped early is over"
 
 
 def test_validation_comes_when_it_is_due() -> None:
@@ -199,7 +207,9 @@ def test_data_that_fail_lose_nothing(tmp_path: Path) -> None:
             return super().__getitem__(index)
 
     data = Failing(*small_data().tensors)
-    with pytest.raises(OptcpuError, match=r"the training data failed at batch \d of epoch \d.*KeyE"):
+    with pytest.raises(
+        OptcpuError, match=r"the training data failed at batch \d of epoch \d.*KeyE"
+    ):
         small_trainer(data=data, checkpoints={"folder": tmp_path, "every_steps": 100}).train()
     data.broken = False
     resumed = small_trainer(data=data, checkpoints={"folder": tmp_path, "every_steps": 100})
@@ -260,3 +270,28 @@ def test_the_mode_of_the_model_is_kept() -> None:
     small_trainer(model, callbacks=[Note()], validation_data=small_data(6)).train()
     assert set(modes) == {True}
     assert not model.training
+
+
+@pytest.mark.slow
+def test_memory_is_flat_over_5000_steps() -> None:
+    class Memory(Callback):
+        def __init__(self) -> None:
+            self.steps = 0
+            self.resident: dict[int, int] = {}
+
+        def on_step_end(self, trainer: Trainer, metrics: dict[str, float]) -> None:
+            self.steps += 1
+            if self.steps % 1000 == 0:
+                self.resident[self.steps] = psutil.Process().memory_info().rss
+
+    memory = Memory()
+    small_trainer(
+        nn.Sequential(nn.Linear(6, 32), nn.ReLU(), nn.Linear(32, 3)),
+        steps=5000,
+        accumulation_steps=1,
+        compile=True,
+        callbacks=[memory],
+        validation_data=small_data(8),
+        validate_every=500,
+    ).train()
+    assert memory.resident[5000] - memory.resident[1000] < 2**20
