@@ -28,6 +28,7 @@ from optcpu.runtime.loading import Feed, evaluation_batches
 from optcpu.runtime.loop import Loop
 from optcpu.runtime.metrics_log import MetricsLog
 from optcpu.runtime.options import OptimizerOptions, ScheduleOptions, TrainerOptions, read_options
+from optcpu.runtime.placement import settle
 from optcpu.runtime.run import Run
 from optcpu.runtime.schedule import make_schedule
 from optcpu.runtime.step import StepRunner, samples_in
@@ -141,7 +142,8 @@ class Trainer:
         self._callbacks = _checked_callbacks(callbacks)
         self._size_of = size_of
         self._world = World.join(compress=self.options.compress_gradients)
-        self._threads = threads_for(self.options, self._world.local_size)
+        sharing = settle(self._world.local_rank, self._world.local_size)
+        self._threads = threads_for(self.options, sharing)
         self._feed = Feed(
             train_data,
             batch_size=self.options.batch_size,

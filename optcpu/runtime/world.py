@@ -27,7 +27,8 @@ class World:
     Args:
         rank: the number of this process.
         size: how many there are.
-        local_size: how many of them run on this machine.
+        local_rank: the number of this process among those on this machine.
+        local_size: how many these are.
         compress: send gradients as BF16, half the bytes.
 
     Attributes:
@@ -35,9 +36,16 @@ class World:
     """
 
     def __init__(
-        self, rank: int = 0, size: int = 1, local_size: int = 1, *, compress: bool = False
+        self,
+        rank: int = 0,
+        size: int = 1,
+        local_rank: int = 0,
+        local_size: int = 1,
+        *,
+        compress: bool = False,
     ) -> None:
-        self.rank, self.size, self.local_size, self.compress = rank, size, local_size, compress
+        self.rank, self.size, self.compress = rank, size, compress
+        self.local_rank, self.local_size = local_rank, local_size
         self.bytes_sent = 0
 
     @classmethod
@@ -59,8 +67,13 @@ class World:
                     f"cannot join the other processes ({error}); start all of them with torchrun, and "
                     "see that MASTER_ADDR and MASTER_PORT can be reached"
                 ) from error
-        local = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
-        return cls(dist.get_rank(), dist.get_world_size(), local, compress=compress)
+        local_rank, local_size = (
+            int(os.environ.get(name, default))
+            for name, default in (("LOCAL_RANK", "0"), ("LOCAL_WORLD_SIZE", "1"))
+        )
+        return cls(
+            dist.get_rank(), dist.get_world_size(), local_rank, local_size, compress=compress
+        )
 
     @property
     def first(self) -> bool:
