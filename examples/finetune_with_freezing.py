@@ -2,13 +2,10 @@
 
 A network learns digits that stand upside down, then upright ones; the freezer stops training its first
 layers once their gradients have settled, if what remains of the run pays for compiling once more.
-
-    python finetune_with_freezing.py [SEEDS [STEPS]]
 """
 
 import copy
 import statistics
-import sys
 import time
 
 import torch
@@ -17,9 +14,8 @@ from torch.nn import functional
 
 import optcpu
 from optcpu.data import digits
-from optcpu.runtime.freezer import DynamicFreezer
 
-SEEDS, STEPS = (int(given) for given in (sys.argv[1:] + ["3", "600"][len(sys.argv) - 1 :])[:2])
+SEEDS, STEPS = 3, 600
 train, test = digits().train, digits().test
 
 
@@ -30,7 +26,7 @@ def fit(model, images, labels, steps, freezing=False):
     model, optimizer = optcpu.optimize(model, optimizer)
     freezer = None
     if freezing:
-        freezer = DynamicFreezer(
+        freezer = optcpu.DynamicFreezer(
             model, optimizer, window=25, patience=3, max_freezes=2, total_steps=steps
         )
     for _ in range(steps):

@@ -95,7 +95,7 @@ def fastest(a: Tensor, b: Tensor) -> str:
     if len(available) == 1 or is_small(a.shape[0] * b.numel(), a.dtype):
         return "aten"
     key = shape_key(a, b)
-    if (known := _choices().get(key)) in available:
+    if (known := _known(key)) in available:
         return known
     runs = {name: functools.partial(kernel, a, b) for name, kernel in available.items()}
     return choose(key, runs, preferred="onednn")
@@ -139,11 +139,12 @@ def choose(key: str, runs: Mapping[str, Callable[[], Tensor]], preferred: str) -
         runs: ways to do the work, by name; one that raises ``RuntimeError`` is never chosen.
         preferred: wins a tie.
     """
-    choices = _choices()
-    if choices.get(key) not in runs:
-        choices[key] = measure(runs, preferred)
-        _save(choices)
-    return choices[key]
+    if (known := _known(key)) in runs:
+        return known
+    found = measure(runs, preferred)
+    _choices()[key] = found
+    _save(_choices())
+    return found
 
 
 def measure(runs: Mapping[str, Callable[[], Tensor]], preferred: str) -> str:
@@ -169,6 +170,30 @@ def _fastest_run(run: Callable[[], Tensor]) -> float:
     except RuntimeError:
         return float("inf")
     return fastest
+
+
+def choices() -> dict[str, str]:
+    """The kernels that this process computes with, by what they compute."""
+    return _choices() | _adopted()
+
+
+def adopt(choices: Mapping[str, str]) -> None:
+    """Compute in this process with the kernels in ``choices``, as :func:`choices` gave them.
+
+    Two kernels round differently: a run that goes on in another process has the same bits only if it
+    goes on with the same kernels. They are not remembered for other runs: the machine may be another.
+    """
+    _adopted().update(choices)
+
+
+def _known(key: str) -> str | None:
+    return _adopted().get(key) or _choices().get(key)
+
+
+@functools.cache
+def _adopted() -> dict[str, str]:
+    """Chosen elsewhere; comes before what was measured here."""
+    return {}
 
 
 def cache_file() -> Path:

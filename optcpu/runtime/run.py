@@ -20,6 +20,7 @@ from optcpu.runtime.rng import rng_state, set_rng_state
 from optcpu.runtime.step import MicroBatches, gradients_by_name, restore_gradients
 from optcpu.runtime.stopping import Stopper
 from optcpu.runtime.world import World
+from passes import gemm
 
 
 @dataclass
@@ -104,6 +105,7 @@ class Run:
             "callbacks": [callback.state_dict() for callback in self.callbacks],
             "clock": self.clock.state_dict(),
             "position": asdict(self.position),
+            "kernels": gemm.choices(),
             "processes": [mine] if alone else self.world.gather(mine),
             "pending": None if pending is None else self._pending_state(pending),
         }
@@ -157,6 +159,7 @@ class Run:
                 f"the checkpoint is of a run with {len(state['callbacks'])} callbacks, this one has "
                 f"{len(self.callbacks)}: give the trainer the same ones"
             )
+        gemm.adopt(state["kernels"])
         self.load_weights(state)
         self.scheduler.load_state_dict(state["scheduler"])
         if self.stopper is not None:

@@ -18,9 +18,11 @@ from passes import gemm
 def own_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
     """An empty memory of choices, in the process and on disk."""
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
-    gemm._choices.cache_clear()
+    for memory in (gemm._choices, gemm._adopted):
+        memory.cache_clear()
     yield tmp_path
-    gemm._choices.cache_clear()
+    for memory in (gemm._choices, gemm._adopted):
+        memory.cache_clear()
 
 
 def oriented(rows: int, columns: int, dtype: torch.dtype, transposed: bool) -> torch.Tensor:
@@ -105,3 +107,14 @@ def test_processes_add_to_each_others_choices(own_cache: Path) -> None:
     gemm._save({"mine": "aten"})
     gemm._save({"theirs": "onednn"})
     assert json.loads(gemm.cache_file().read_text()) == {"mine": "aten", "theirs": "onednn"}
+
+
+def test_choices_of_another_process_come_first_and_stay_in_this_one(own_cache: Path) -> None:
+    one, two = {"one": lambda: torch.ones(1)}, {"two": lambda: torch.ones(1)}
+    assert gemm.choose("work", one, "one") == "one"
+    gemm.adopt({"work": "two", "other work": "one", "strange": "unheard of"})
+    assert gemm.choose("work", one | two, "one") == "two"
+    assert gemm.choose("other work", one | two, "two") == "one"
+    assert gemm.choose("strange", two, "two") == "two", "a kernel that is not here is no choice"
+    assert gemm.choices()["work"] == "two"
+    assert json.loads(gemm.cache_file().read_text()) == {"work": "one", "strange": "two"}
