@@ -51,6 +51,7 @@ class Loop:
         display: what the user sees.
         size_of: counts the samples in a batch.
         total_steps: of the whole run; None if unknown.
+        stop: whether someone wants the run to stop.
         trainer: given to the callbacks.
     """
 
@@ -68,13 +69,14 @@ class Loop:
         display: Display,
         size_of: Callable[[Batch], int],
         total_steps: int | None,
+        stop: StopRequest,
         trainer: Any,
     ) -> None:
         self._run, self._options, self._runner, self._loss = run, options, runner, loss
         self._validation, self._metrics = validation, metrics
         self._folder, self._log, self._display = folder, log, display
         self._size_of, self._total_steps, self._trainer = size_of, total_steps, trainer
-        self._stop = StopRequest()
+        self._stop = stop
         self._before: dict[str, Any] | None = None  # of the step in progress
         self._updating = False
         self._saved = run.position.step  # the step of the last checkpoint, written or loaded
@@ -87,7 +89,7 @@ class Loop:
         """Run to the end.
 
         Returns:
-            The name of the signal that stopped it; None where it came to its end.
+            What stopped it, as :class:`StopRequest` names it; None where it came to its end.
         """
         with self._stop.listening():
             try:
@@ -98,13 +100,14 @@ class Loop:
 
     def _go(self) -> str | None:
         while True:
-            self._validate_if_due()
+            if self._validation_is_due():
+                self.validate()
             self._save_if_due()
-            if self._ended():
+            if self._ended() and not self._validation_is_due():  # else that was interrupted
                 return None
             if self._stopped():
                 self._save("stopped")
-                return self._stop.signal or "another process"
+                return self._stop.by or "another process"
             step = self._run.pending or self.draw()
             if step is None:
                 self._end_epoch()
@@ -126,15 +129,14 @@ class Loop:
         run.pending = step
         started, compiled = time.perf_counter(), self._compilations()
         while not step.complete:
-            if self._stop.signal is not None and run.world.size == 1:
+            if self._stop.by is not None and run.world.size == 1:
                 return  # the gradient so far goes into the checkpoint
             self._runner.run_micro_batch(step)
         norm = self._runner.gradient_norm(step)
         run.pending = None
+        self._updating = step.bad is None
         if step.bad is None:
-            self._updating = True
             self._runner.update(norm)
-            self._updating = False
             position.bad_steps = 0
         else:
             self._leave_out(step)
@@ -148,7 +150,7 @@ class Loop:
         position.epoch_ended = False
         if run.freezer is not None and step.bad is None:
             run.freezer.step()
-        self._before, self._changed = None, True
+        self._before, self._changed, self._updating = None, True, False
         phase = "step" if self._compilations() == compiled else "compile"
         run.clock.add(phase, time.perf_counter() - started)
         self._report(step, norm)
@@ -190,9 +192,8 @@ class Loop:
         where = f"in step {position.step + 1}, {step.bad}"
         position.bad_steps += 1
         if options.on_nan == "stop" or position.bad_steps > options.max_bad_steps:
-            often = (
-                f" for the {position.bad_steps}th time in a row" if position.bad_steps > 1 else ""
-            )
+            often = f", the last of {position.bad_steps} bad steps in a row"
+            often = often if position.bad_steps > 1 else ""
             raise TrainingDiverged(
                 f"training has diverged: {where}{often}. Lower the learning rate, clip with "
                 "max_grad_norm, or look at the data; on_nan='skip' or 'rollback' goes on"
@@ -226,16 +227,15 @@ class Loop:
         return self._finished() or self._run.position.stop_reason is not None
 
     def _stopped(self) -> bool:
-        (wanted,) = self._run.world.sum_numbers(float(self._stop.signal is not None))
+        (wanted,) = self._run.world.sum_numbers(float(self._stop.by is not None))
         return wanted > 0
 
-    def _validate_if_due(self) -> None:
+    def _validation_is_due(self) -> bool:
         every, position = self._options.validate_every, self._run.position
         if self._validation is None or position.step == 0 or position.validated == position.step:
-            return
+            return False
         on_time = position.epoch_ended if every is None else position.step % every == 0
-        if on_time or self._finished():
-            self.validate()
+        return on_time or self._finished()
 
     def validate(self) -> dict[str, float] | None:
         """Validate now, and let early stopping and schedule know; None if interrupted."""
@@ -250,7 +250,7 @@ class Loop:
             self._validation(),
             self._loss,
             self._metrics,
-            interrupted=lambda: self._stop.signal is not None and run.world.size == 1,
+            interrupted=lambda: self._stop.by is not None and run.world.size == 1,
         )
         if results is None:
             return None

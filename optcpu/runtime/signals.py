@@ -1,4 +1,4 @@
-"""Being asked to stop: by Ctrl-C, or by whoever runs the machine."""
+"""Being asked to stop: by Ctrl-C, by whoever runs the machine, or by the user's program."""
 
 from __future__ import annotations
 
@@ -7,38 +7,48 @@ import signal
 import threading
 from collections.abc import Iterator
 from types import FrameType
+from typing import Any
 
 
 class StopRequest:
-    """Whether SIGINT or SIGTERM has come.
+    """Whether someone wants the run to stop.
 
     Attributes:
-        signal: its name, as in ``"SIGTERM"``; None as long as none has come.
+        by: what wants it: a signal's name, as in ``"SIGTERM"``, or what :meth:`ask` was told; None as
+            long as nobody does.
     """
 
     def __init__(self) -> None:
-        self.signal: str | None = None
+        self.by: str | None = None
+        self._before: dict[int, Any] = {}
+
+    def ask(self, by: str) -> None:
+        """Want it; from any thread."""
+        self.by = self.by or by
 
     @contextlib.contextmanager
     def listening(self) -> Iterator[None]:
-        """Within the block the first signal is noted, and a second one acts as it did before.
+        """Within the block the first SIGINT or SIGTERM is noted, and a second one acts as it did before.
 
-        Python hands signals to the main thread alone; in another one nothing is noted.
+        Python hands signals to the main thread alone; in another one nothing is noted. Where one run is
+        inside another, a signal stops both.
         """
-        self.signal = None
         if threading.current_thread() is not threading.main_thread():
             yield
             return
-        before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
-
-        def note(number: int, frame: FrameType | None) -> None:
-            self.signal = signal.Signals(number).name
-            signal.signal(number, before[signal.Signals(number)])
-
-        for number in before:
-            signal.signal(number, note)
+        for number in (signal.SIGINT, signal.SIGTERM):
+            # None is a handler that is not Python's, which cannot be put back.
+            self._before[number] = signal.signal(number, self._note) or signal.SIG_DFL
         try:
             yield
         finally:
-            for number, handler in before.items():
-                signal.signal(number, handler)
+            for each, handler in self._before.items():
+                signal.signal(each, handler)
+
+    def _note(self, number: int, frame: FrameType | None) -> None:
+        self.ask(signal.Signals(number).name)
+        before = self._before[number]
+        signal.signal(number, before)
+        outer = getattr(before, "__self__", None)
+        if isinstance(outer, StopRequest):
+            outer._note(number, frame)

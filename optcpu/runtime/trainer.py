@@ -31,6 +31,7 @@ from optcpu.runtime.options import OptimizerOptions, ScheduleOptions, TrainerOpt
 from optcpu.runtime.placement import settle
 from optcpu.runtime.run import Run
 from optcpu.runtime.schedule import make_schedule
+from optcpu.runtime.signals import StopRequest
 from optcpu.runtime.step import StepRunner, samples_in
 from optcpu.runtime.stopping import Stopper
 from optcpu.runtime.validation import Metric, check_metrics, validate
@@ -48,7 +49,7 @@ class TrainingResult:
         samples: that went into those steps.
         metrics: of the last validation.
         best: the best value of ``checkpoints.best``; None if nothing is watched.
-        stopped_by: a signal's name; None where the run came to its end.
+        stopped_by: a signal's name, or ``"stop()"``; None where the run came to its end.
         stop_reason: why it ended before its time, in words; None where it did not.
         seconds: spent in steps, in compiling, validation and checkpoints, over all sessions.
     """
@@ -163,6 +164,7 @@ class Trainer:
         self._total_steps = self._count_steps()
         self._scheduler = self._make_scheduler(scheduler)
         self._freezer = self._make_freezer(freezer)
+        self._stop = StopRequest()
 
     @property
     def is_first_process(self) -> bool:
@@ -261,13 +263,14 @@ class Trainer:
     def train(self) -> TrainingResult:
         """Train to the end, or go on from the newest checkpoint to the end.
 
-        SIGINT (Ctrl-C) and SIGTERM end it after the micro-batch at work, with a checkpoint.
+        SIGINT (Ctrl-C), SIGTERM and :meth:`stop` end it after the micro-batch at work, with a checkpoint.
 
         Raises:
             TrainingDiverged: the loss or the gradient is not finite, and ``on_nan`` is ``"stop"``.
             OptcpuError: data, checkpoints or log cannot be read or written.
         """
         torch.set_num_threads(self._threads)
+        self._stop = StopRequest()
         was_training = self.model.training
         self.model.train()
         try:
@@ -323,6 +326,7 @@ class Trainer:
                 display=display,
                 size_of=self._size_of,
                 total_steps=self._total_steps,
+                stop=self._stop,
                 trainer=self,
             )
             if saved is not None:
@@ -350,6 +354,14 @@ class Trainer:
         for callback in self._callbacks:
             callback.on_train_end(self, result)
         return result
+
+    def stop(self) -> None:
+        """End :meth:`train` after the micro-batch at work, with a checkpoint to go on from.
+
+        For callbacks and other threads. What counts as a criterion for the end of the run, and is to hold
+        when the program is started again, is early stopping's matter.
+        """
+        self._stop.ask("stop()")
 
     def validate(self) -> dict[str, float]:
         """``"loss"`` and the metrics on the validation data, with the weights as they are.

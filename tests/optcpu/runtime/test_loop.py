@@ -59,7 +59,7 @@ def test_skip_leaves_the_step_out() -> None:
 
 def test_skip_ends_when_nothing_else_happens() -> None:
     trainer = small_trainer(loss=_BadIn(*range(100)), on_nan="skip", max_bad_steps=3)
-    with pytest.raises(TrainingDiverged, match=r"in step 4, .* for the 4th time in a row"):
+    with pytest.raises(TrainingDiverged, match=r"in step 4, .*, the last of 4 bad steps in a row"):
         trainer.train()
 
 
@@ -295,3 +295,55 @@ def test_memory_is_flat_over_5000_steps() -> None:
         validate_every=500,
     ).train()
     assert memory.resident[5000] - memory.resident[1000] < 2**20
+
+
+class _At(Callback):
+    """Calls a function after a certain step."""
+
+    def __init__(self, step: int, function: Any) -> None:
+        self._left, self._function = step, function
+
+    def on_step_end(self, trainer: Trainer, metrics: dict[str, float]) -> None:
+        self._left -= 1
+        if self._left == 0:
+            self._function(trainer)
+
+
+def test_a_callback_can_stop_the_run(tmp_path: Path) -> None:
+    stopped = small_trainer(checkpoints=tmp_path, callbacks=[_At(3, Trainer.stop)])
+    result = stopped.train()
+    assert (result.steps, result.stopped_by) == (3, "stop()")
+    resumed, whole = small_trainer(checkpoints=tmp_path, callbacks=[_At(3, id)]), small_trainer()
+    assert resumed.train().steps == 4
+    whole.train()
+    assert_equal(tensors_of(resumed), tensors_of(whole))
+
+
+def test_a_stop_in_the_last_validation_is_none_at_the_end(tmp_path: Path) -> None:
+    def loss(output: Any, batch: Any) -> Tensor:
+        if not torch.is_grad_enabled():
+            trainer.stop()
+        return default_loss(output, batch)
+
+    given: dict[str, Any] = {"steps": 2, "validation_data": small_data(6), "checkpoints": tmp_path}
+    trainer = small_trainer(loss=loss, **given)
+    result = trainer.train()
+    assert (result.stopped_by, result.metrics) == ("stop()", {})
+    result = small_trainer(**given).train()
+    assert result.stopped_by is None
+    assert set(result.metrics) == {"loss"}
+
+
+def test_weights_ahead_of_the_schedule_are_not_saved(tmp_path: Path) -> None:
+    """A scheduler that fails leaves a step half done."""
+
+    def scheduler(optimizer: torch.optim.Optimizer) -> Any:
+        return torch.optim.lr_scheduler.OneCycleLR(optimizer, 0.1, total_steps=2)
+
+    with pytest.raises(ValueError, match="total steps is 2"):
+        small_trainer(
+            scheduler=scheduler, checkpoints={"folder": tmp_path, "every_steps": 1}
+        ).train()
+    saved = CheckpointFolder(tmp_path).load()
+    assert saved is not None
+    assert saved.step == saved.state["optimizer"]["state"][0]["step"]

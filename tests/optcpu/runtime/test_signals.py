@@ -14,9 +14,9 @@ def test_the_first_signal_is_noted(name: str) -> None:
     stop = StopRequest()
     before = signal.getsignal(signal.SIGTERM)
     with stop.listening():
-        assert stop.signal is None
+        assert stop.by is None
         os.kill(os.getpid(), getattr(signal, name))
-        assert stop.signal == name
+        assert stop.by == name
     assert signal.getsignal(signal.SIGTERM) is before
 
 
@@ -40,3 +40,19 @@ def test_other_threads_are_left_alone() -> None:
     thread.start()
     thread.join()
     assert handlers == [signal.default_int_handler]
+
+
+def test_a_signal_stops_the_run_around_this_one_too() -> None:
+    outer, inner = StopRequest(), StopRequest()
+    with outer.listening():
+        with inner.listening():
+            os.kill(os.getpid(), signal.SIGTERM)
+            assert (inner.by, outer.by) == ("SIGTERM", "SIGTERM")
+    assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
+
+
+def test_the_first_to_ask_is_the_one_that_is_named() -> None:
+    stop = StopRequest()
+    stop.ask("stop()")
+    stop.ask("SIGTERM")
+    assert stop.by == "stop()"
