@@ -139,7 +139,8 @@ def choose(key: str, runs: Mapping[str, Callable[[], Tensor]], preferred: str) -
         runs: ways to do the work, by name; one that raises ``RuntimeError`` is never chosen.
         preferred: wins a tie.
     """
-    if (known := _known(key)) in runs:
+    known = _known(key)
+    if known is not None and known in runs:
         return known
     found = measure(runs, preferred)
     _choices()[key] = found
