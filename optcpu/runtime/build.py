@@ -5,6 +5,7 @@ from __future__ import annotations
 import inspect
 import math
 import os
+from collections.abc import Iterable
 from typing import Any
 
 import torch
@@ -18,13 +19,13 @@ from optcpu.runtime.options import OptimizerOptions, TrainerOptions
 _KINDS: dict[str, type[Optimizer]] = {"adamw": AdamW, "adam": Adam, "sgd": SGD, "lamb": Lamb}
 
 
-def make_optimizer(model: nn.Module, options: OptimizerOptions) -> Optimizer:
-    """An optimizer of all parameters of ``model`` that need a gradient; its state is FP32 for now.
+def make_optimizer(trained: Iterable[nn.Parameter], options: OptimizerOptions) -> Optimizer:
+    """An optimizer of all those parameters that need a gradient; its state is FP32 for now.
 
     Raises:
         ValueError: no parameter needs one.
     """
-    parameters = [p for p in model.parameters() if p.requires_grad]
+    parameters = [p for p in trained if p.requires_grad]
     if not parameters:
         raise ValueError("no parameter of the model has requires_grad: there is nothing to train")
     kind = _KINDS[options.name]

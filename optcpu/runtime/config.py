@@ -71,7 +71,9 @@ def _set(settings: dict[str, Any], path: list[str], value: Any) -> None:
     for group in groups:
         inner = settings.setdefault(group, {})
         if not isinstance(inner, dict):  # a shorthand, as in optimizer = "lamb"
-            inner = settings[group] = {"folder" if group in ("checkpoints", "log") else "name": inner}
+            inner = settings[group] = {
+                "folder" if group in ("checkpoints", "log") else "name": inner
+            }
         settings = inner
     settings[name] = value
 

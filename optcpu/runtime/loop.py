@@ -14,7 +14,7 @@ import torch
 from torch.optim.lr_scheduler import ReduceLROnPlateau
 
 from optcpu.errors import OptcpuError
-from optcpu.measure.batches import Batch, Loss
+from optcpu.measure.batches import Batch
 from optcpu.optimize import compiled_call
 from optcpu.runtime.checkpoint import CheckpointFolder
 from optcpu.runtime.display import Display
@@ -22,7 +22,7 @@ from optcpu.runtime.metrics_log import MetricsLog
 from optcpu.runtime.options import TrainerOptions
 from optcpu.runtime.run import Run
 from optcpu.runtime.signals import StopRequest
-from optcpu.runtime.step import MicroBatches, StepRunner, collect
+from optcpu.runtime.step import MicroBatches, StepRunner, collect, trained_parameters
 from optcpu.runtime.stopping import is_better
 from optcpu.runtime.validation import Metric, validate
 
@@ -43,7 +43,6 @@ class Loop:
         run: what is trained.
         options: how.
         runner: makes the steps.
-        loss: for validation.
         validation: batches, drawn anew each time; None validates nothing.
         metrics: of validation, besides the loss.
         folder: for checkpoints; None writes none.
@@ -61,7 +60,6 @@ class Loop:
         options: TrainerOptions,
         runner: StepRunner,
         *,
-        loss: Loss,
         validation: Callable[[], Iterable[Batch]] | None,
         metrics: Mapping[str, Metric],
         folder: CheckpointFolder | None,
@@ -72,7 +70,7 @@ class Loop:
         stop: StopRequest,
         trainer: Any,
     ) -> None:
-        self._run, self._options, self._runner, self._loss = run, options, runner, loss
+        self._run, self._options, self._runner = run, options, runner
         self._validation, self._metrics = validation, metrics
         self._folder, self._log, self._display = folder, log, display
         self._size_of, self._total_steps, self._trainer = size_of, total_steps, trainer
@@ -248,7 +246,7 @@ class Loop:
         results = validate(
             run.model,
             self._validation(),
-            self._loss,
+            run.loss,
             self._metrics,
             interrupted=lambda: self._stop.by is not None and run.world.size == 1,
         )
@@ -321,7 +319,7 @@ class Loop:
 
     def _refuse_broken_weights(self) -> None:
         """A checkpoint that cannot be trained on must not take the place of one that can."""
-        for name, parameter in self._run.model.named_parameters():
+        for name, parameter in trained_parameters(self._run.model, self._run.loss).items():
             if not torch.isfinite(parameter.detach()).all():
                 raise TrainingDiverged(
                     f"after step {self._run.position.step} the weights of {name!r} are not finite, and "

@@ -12,12 +12,19 @@ from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
 
 from optcpu.errors import OptcpuError
+from optcpu.measure.batches import Loss
+from optcpu.optim.lookahead import Lookahead
 from optcpu.runtime.callbacks import Callback
 from optcpu.runtime.clock import Clock
 from optcpu.runtime.freezer import DynamicFreezer
 from optcpu.runtime.loading import Feed
 from optcpu.runtime.rng import rng_state, set_rng_state
-from optcpu.runtime.step import MicroBatches, gradients_by_name, restore_gradients
+from optcpu.runtime.step import (
+    MicroBatches,
+    gradients_by_name,
+    restore_gradients,
+    trained_parameters,
+)
 from optcpu.runtime.stopping import Stopper
 from optcpu.runtime.world import World
 from passes import gemm
@@ -58,7 +65,8 @@ class Run:
 
     Attributes:
         model: as the user gave it, compiled or not.
-        optimizer: of its parameters.
+        loss: of its output; one that is a module is trained, too.
+        optimizer: of their parameters.
         scheduler: of the learning rate.
         feed: the training data.
         world: the processes that train together.
@@ -71,6 +79,7 @@ class Run:
     """
 
     model: nn.Module
+    loss: Loss
     optimizer: Optimizer
     scheduler: LRScheduler
     feed: Feed
@@ -98,11 +107,13 @@ class Run:
             mine, pending = pending.before, None
         return {
             "model": self.model.state_dict(),
+            "loss": self.loss.state_dict() if isinstance(self.loss, nn.Module) else {},
             "optimizer": self.optimizer.state_dict(),
+            "optimizer_kind": _kind(self.optimizer),
             "scheduler": self.scheduler.state_dict(),
             "freezer": None if self.freezer is None else self.freezer.state_dict(),
             "stopper": None if self.stopper is None else self.stopper.state_dict(),
-            "callbacks": [callback.state_dict() for callback in self.callbacks],
+            "callbacks": self._callback_states(),
             "clock": self.clock.state_dict(),
             "position": asdict(self.position),
             "kernels": gemm.choices(),
@@ -116,19 +127,33 @@ class Run:
             "batches": len(pending.batches),
             "done": pending.done,
             "loss": pending.loss,
-            "gradients": gradients_by_name(self.model),
+            "gradients": gradients_by_name(trained_parameters(self.model, self.loss)),
         }
 
+    def _callback_states(self) -> list[tuple[str, dict[str, Any]]]:
+        """Of those callbacks that have one, with their kinds."""
+        states = ((type(one).__name__, one.state_dict()) for one in self.callbacks)
+        return [(kind, state) for kind, state in states if state]
+
     def load_weights(self, state: dict[str, Any]) -> None:
-        """Model, optimizer and freezer as they were.
+        """Model, loss, optimizer and freezer as they were.
 
         Raises:
-            OptcpuError: they are of another model.
+            OptcpuError: they are of another model or optimizer.
         """
+        kind = _kind(self.optimizer)
+        if state["optimizer_kind"] != kind:
+            raise OptcpuError(
+                f"the checkpoint is of a run with {state['optimizer_kind']}, this one has {kind}: give the "
+                "trainer that optimizer, or another folder for checkpoints (model.safetensors in the "
+                "checkpoint has the weights)"
+            )
         if self.freezer is not None and state["freezer"] is not None:
             self.freezer.load_state_dict(state["freezer"])
         try:
             self.model.load_state_dict(state["model"])
+            if isinstance(self.loss, nn.Module):
+                self.loss.load_state_dict(state["loss"])
         except RuntimeError as error:
             raise OptcpuError(
                 f"the checkpoint is of another model ({' '.join(str(error).split())}): choose another "
@@ -147,30 +172,44 @@ class Run:
         Raises:
             OptcpuError: the checkpoint is of a run that had other parts.
         """
-        for name in ("freezer", "stopper"):
-            if (state[name] is None) != (getattr(self, name) is None):
-                there, here = ("without", "has") if state[name] is None else ("with", "has no")
-                raise OptcpuError(
-                    f"the checkpoint is of a run {there} a {name}, and this run {here} one: give the "
-                    "trainer the settings of that run, or another folder for checkpoints"
-                )
-        if len(state["callbacks"]) != len(self.callbacks):
+        if (state["freezer"] is None) != (self.freezer is None):
+            there, here = ("without", "has") if self.freezer is not None else ("with", "has no")
             raise OptcpuError(
-                f"the checkpoint is of a run with {len(state['callbacks'])} callbacks, this one has "
-                f"{len(self.callbacks)}: give the trainer the same ones"
+                f"the checkpoint is of a run {there} freezing, and this run {here} a freezer: give the "
+                "trainer the settings of that run, or another folder for checkpoints"
             )
         gemm.adopt(state["kernels"])
         self.load_weights(state)
         self.scheduler.load_state_dict(state["scheduler"])
-        if self.stopper is not None:
-            self.stopper.load_state_dict(state["stopper"])
-        for callback, saved in zip(self.callbacks, state["callbacks"], strict=True):
-            callback.load_state_dict(saved)
+        self._load_callbacks(state["callbacks"])
         self.clock.load_state_dict(state["clock"])
         self.position = Position(**state["position"])
+        self._load_stopper(state["stopper"])
         pending: dict[str, Any] | None = state["pending"]
-        self._load_data(self._own(state) if pending is None else pending["before"])
-        return pending
+        self._load_data(state["processes"] if pending is None else [pending["before"]])
+        # Several processes begin the step anew: their micro-batches are others than those used.
+        return pending if self.world.size == 1 else None
+
+    def _load_callbacks(self, states: list[tuple[str, dict[str, Any]]]) -> None:
+        """Each state goes to the next callback of its kind; those added since begin anew."""
+        left = list(self.callbacks)
+        for kind, state in states:
+            callback = next((one for one in left if type(one).__name__ == kind), None)
+            if callback is None:
+                raise OptcpuError(
+                    f"the checkpoint has the state of a callback {kind}, which this run has not: give the "
+                    "trainer that callback, or another folder for checkpoints"
+                )
+            left.remove(callback)
+            callback.load_state_dict(state)
+
+    def _load_stopper(self, state: dict[str, Any] | None) -> None:
+        """A run that had stopped early goes on where early stopping is now set otherwise."""
+        if self.stopper is not None and state is not None:
+            self.stopper.load_state_dict(state)
+        settings = None if self.stopper is None else self.stopper.state_dict()["options"]
+        if state is None or state["options"] != settings:
+            self.position.stop_reason = None
 
     def resume_step(self, pending: dict[str, Any], step: MicroBatches, rng: dict[str, Any]) -> None:
         """Go on in the middle of a step whose micro-batches have been drawn anew."""
@@ -180,19 +219,25 @@ class Run:
                 f"data now give {len(step.batches)}: go on with the same data and accumulation_steps"
             )
         step.done, step.loss = pending["done"], pending["loss"]
-        restore_gradients(self.model, pending["gradients"])
+        restore_gradients(trained_parameters(self.model, self.loss), pending["gradients"])
         set_rng_state(rng)
         self.pending = step
 
-    def _own(self, state: dict[str, Any]) -> dict[str, Any]:
-        processes: list[dict[str, Any]] = state["processes"]
+    def _own(self, processes: list[dict[str, Any]]) -> dict[str, Any]:
         if self.world.rank < len(processes):
             return processes[self.world.rank]
         # A process that was not there draws random numbers that no other one draws.
-        torch.manual_seed(torch.initial_seed() + self.world.rank + state["position"]["step"])
+        torch.manual_seed(torch.initial_seed() + self.world.rank + self.position.step)
         return {"feed": processes[0]["feed"], "rng": rng_state()}
 
-    def _load_data(self, saved: dict[str, Any]) -> None:
+    def _load_data(self, processes: list[dict[str, Any]]) -> None:
+        saved = self._own(processes)
         set_rng_state(saved["rng"])
         self.feed.load_state_dict(saved["feed"])
         set_rng_state(saved["rng"])
+
+
+def _kind(optimizer: Optimizer) -> str:
+    if isinstance(optimizer, Lookahead):
+        return f"Lookahead around {_kind(optimizer.optimizer)}"
+    return type(optimizer).__name__

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -78,7 +78,7 @@ class StepRunner:
     Args:
         model: in training mode.
         optimizer: of its parameters.
-        loss: of an output and its batch: the mean over the batch.
+        loss: of an output and its batch: the mean over the batch. One that is a module is trained, too.
         world: the processes that train together.
         max_grad_norm: clip the gradient to this norm; None leaves it.
         check_gradients: look whether the gradient is finite, also where no norm is needed.
@@ -99,9 +99,10 @@ class StepRunner:
     ) -> None:
         self._model, self._optimizer, self._loss, self._world = model, optimizer, loss, world
         self._max_grad_norm, self._check_gradients = max_grad_norm, check_gradients
-        # An optimizer may have parameters that the model has not, and the other way round.
+        self._trained = trained_parameters(model, loss)
+        # An optimizer may have parameters that these have not, and the other way round.
         updated = (p for group in optimizer.param_groups for p in group["params"])
-        self._parameters = list(dict.fromkeys([*model.parameters(), *updated]))
+        self._parameters = list(dict.fromkeys([*self._trained.values(), *updated]))
         self._local_steps = local_steps if world.size > 1 else None
         self._steps_alone = 0
         if self._local_steps is not None and isinstance(optimizer, Lookahead):
@@ -135,10 +136,10 @@ class StepRunner:
         if step.bad is not None:
             return None
         if self._local_steps is None:
-            self._world.sum_gradients(self._model)
+            self._world.sum_gradients(self._trained.values())
         if self._max_grad_norm is None and not self._check_gradients:
             return None
-        gradients = gradients_by_name(self._model).values()
+        gradients = gradients_by_name(self._trained).values()
         norm = torch.nn.utils.get_total_norm([g.detach() for g in gradients]).item()
         if not math.isfinite(norm):
             step.bad = f"the norm of the gradient is {norm}"
@@ -149,8 +150,8 @@ class StepRunner:
         limit = self._max_grad_norm
         if limit is not None and norm is not None and norm > limit:
             # One pass over the gradients, and only where they are too large.
-            gradients = [p.grad for p in self._model.parameters() if p.grad is not None]
-            torch._foreach_mul_(gradients, limit / (norm + 1e-6))
+            gradients = gradients_by_name(self._trained)
+            torch._foreach_mul_(list(gradients.values()), limit / (norm + 1e-6))
         self._optimizer.step()
         self.forget_gradients()
         self._steps_alone += 1
@@ -163,7 +164,7 @@ class StepRunner:
             return
         in_step = self._steps_alone == self._local_steps and isinstance(self._optimizer, Lookahead)
         if not in_step:  # else the optimizer has done so
-            self._world.average(self._model.parameters())
+            self._world.average(self._trained.values())
         self._steps_alone = 0
 
     def forget_gradients(self) -> None:
@@ -177,14 +178,21 @@ class StepRunner:
             step.bad = "another process met a loss that is not finite"
 
 
-def gradients_by_name(model: nn.Module) -> dict[str, Tensor]:
-    """The gradients that are there, by the names of their parameters."""
-    return {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
-
-
-def restore_gradients(model: nn.Module, gradients: dict[str, Tensor]) -> None:
-    """Put back what :func:`gradients_by_name` gave."""
+def trained_parameters(model: nn.Module, loss: Loss) -> dict[str, nn.Parameter]:
+    """The parameters of the model by name, and those of a loss that is a module, as ``loss.weight``."""
     parameters = dict(model.named_parameters())
+    if isinstance(loss, nn.Module):
+        parameters |= {f"loss.{name}": p for name, p in loss.named_parameters()}
+    return parameters
+
+
+def gradients_by_name(parameters: Mapping[str, nn.Parameter]) -> dict[str, Tensor]:
+    """The gradients that are there, by the names of their parameters."""
+    return {name: p.grad for name, p in parameters.items() if p.grad is not None}
+
+
+def restore_gradients(parameters: Mapping[str, nn.Parameter], gradients: dict[str, Tensor]) -> None:
+    """Put back what :func:`gradients_by_name` gave."""
     for name, gradient in gradients.items():
         if name not in parameters:
             raise OptcpuError(f"the checkpoint has a gradient for {name!r}, which the model lacks")

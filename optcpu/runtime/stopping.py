@@ -48,8 +48,8 @@ class Stopper:
         )
 
     def state_dict(self) -> dict[str, Any]:
-        """What it remembers."""
-        return {"best": self.best, "waited": self.waited}
+        """What it remembers, and how it was set."""
+        return {"best": self.best, "waited": self.waited, "options": self.options.model_dump()}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Go on from what :meth:`state_dict` gave."""

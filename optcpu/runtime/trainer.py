@@ -32,7 +32,7 @@ from optcpu.runtime.placement import settle
 from optcpu.runtime.run import Run
 from optcpu.runtime.schedule import make_schedule
 from optcpu.runtime.signals import StopRequest
-from optcpu.runtime.step import StepRunner, samples_in
+from optcpu.runtime.step import StepRunner, samples_in, trained_parameters
 from optcpu.runtime.stopping import Stopper
 from optcpu.runtime.validation import Metric, check_metrics, validate
 from optcpu.runtime.world import World
@@ -77,7 +77,8 @@ class Trainer:
             ``batch_size``), or any iterable of batches that can be gone through anew each epoch;
             :mod:`optcpu.measure.batches` says what a batch may be.
         loss: ``loss(output, batch)``, the mean over the batch; None takes the one that belongs to the
-            output (:func:`optcpu.measure.batches.default_loss`).
+            output (:func:`optcpu.measure.batches.default_loss`). The parameters of one that is a module
+            are trained and saved like those of the model.
         validation_data: as ``train_data``; not shuffled.
         metrics: of validation: names of :data:`optcpu.runtime.validation.BUILT_IN`, or a mapping of
             names to functions ``(output, batch) -> number`` or metrics of torchmetrics.
@@ -182,7 +183,9 @@ class Trainer:
         made: Optimizer = (
             optimizer
             if isinstance(optimizer, Optimizer)
-            else make_optimizer(self.model, options.optimizer)
+            else make_optimizer(
+                trained_parameters(self.model, self._loss).values(), options.optimizer
+            )
         )
         if options.compile and compiled_call(self.model) is None:
             optimize(
@@ -283,6 +286,7 @@ class Trainer:
         stopper = None if options.early_stopping is None else Stopper(options.early_stopping)
         run = Run(
             self.model,
+            self._loss,
             self.optimizer,
             self._scheduler,
             self._feed,
@@ -318,7 +322,6 @@ class Trainer:
                 run,
                 options,
                 self._runner(),
-                loss=self._loss,
                 validation=self._validation,
                 metrics=self._metrics,
                 folder=folder,
@@ -399,7 +402,8 @@ class Trainer:
 
     def _share_weights(self) -> None:
         """Begin with the same weights in all processes."""
-        self._world.share_from_first([*self.model.parameters(), *self.model.buffers()])
+        trained = trained_parameters(self.model, self._loss).values()
+        self._world.share_from_first([*trained, *self.model.buffers()])
 
 
 class _Log:

@@ -88,14 +88,14 @@ class World:
         self._all_reduce([tensor])
         return tuple(tensor.tolist())
 
-    def sum_gradients(self, model: nn.Module) -> None:
-        """Make each gradient its sum over all processes.
+    def sum_gradients(self, trained: Iterable[nn.Parameter]) -> None:
+        """Make the gradient of each parameter its sum over all processes.
 
         A parameter that has a gradient in some processes counts as having a zero one in the others.
         """
         if self.size == 1:
             return
-        parameters = [p for p in model.parameters() if p.requires_grad]
+        parameters = [p for p in trained if p.requires_grad]
         used = torch.tensor([float(p.grad is not None) for p in parameters])
         self._all_reduce([used])
         gradients = []

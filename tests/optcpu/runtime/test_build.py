@@ -17,7 +17,7 @@ from optcpu.runtime.options import OptimizerOptions, TrainerOptions
 
 def test_only_the_settings_that_an_optimizer_has_arrive() -> None:
     model = nn.Linear(3, 2)
-    adamw = make_optimizer(model, OptimizerOptions(lr=0.1, betas=(0.8, 0.9)))
+    adamw = make_optimizer(model.parameters(), OptimizerOptions(lr=0.1, betas=(0.8, 0.9)))
     assert isinstance(adamw, AdamW)
     assert adamw.defaults["betas"] == (0.8, 0.9)
     assert (
@@ -25,7 +25,7 @@ def test_only_the_settings_that_an_optimizer_has_arrive() -> None:
         == torch.optim.AdamW(model.parameters()).defaults["weight_decay"]
     )
     sgd = make_optimizer(
-        model, OptimizerOptions(name="sgd", lr=0.1, momentum=0.5, weight_decay=0.2)
+        model.parameters(), OptimizerOptions(name="sgd", lr=0.1, momentum=0.5, weight_decay=0.2)
     )
     assert isinstance(sgd, SGD)
     assert (sgd.defaults["momentum"], sgd.defaults["weight_decay"]) == (0.5, 0.2)
@@ -33,7 +33,7 @@ def test_only_the_settings_that_an_optimizer_has_arrive() -> None:
 
 def test_lookahead_goes_around() -> None:
     options = OptimizerOptions(name="lamb", lookahead={"k": 7, "alpha": 0.25})
-    optimizer = make_optimizer(nn.Linear(3, 2), options)
+    optimizer = make_optimizer(nn.Linear(3, 2).parameters(), options)
     assert isinstance(optimizer, Lookahead)
     assert isinstance(optimizer.optimizer, Lamb)
     assert (optimizer.k, optimizer.alpha) == (7, 0.25)
@@ -41,7 +41,7 @@ def test_lookahead_goes_around() -> None:
 
 def test_frozen_parameters_are_left_out() -> None:
     model = nn.Sequential(nn.Linear(3, 2).requires_grad_(False), nn.Linear(2, 1))
-    (group,) = make_optimizer(model, OptimizerOptions()).param_groups
+    (group,) = make_optimizer(model.parameters(), OptimizerOptions()).param_groups
     assert [tuple(p.shape) for p in group["params"]] == [(1, 2), (1,)]
 
 

@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.utils.data import TensorDataset
 from training import (
     Losses,
     assert_equal,
@@ -23,7 +24,10 @@ from training import (
 
 from optcpu.errors import OptcpuError
 from optcpu.measure.batches import default_loss
-from optcpu.runtime import Callback
+from optcpu.runtime import Callback, CheckpointFolder
+from optcpu.runtime.loading import Feed
+from optcpu.runtime.run import Run
+from optcpu.runtime.world import World
 
 MICRO_BATCHES = 12  # in two epochs
 
@@ -125,12 +129,14 @@ def test_callbacks_go_on(tmp_path: Path) -> None:
 
 
 def test_a_run_of_other_parts_is_refused(tmp_path: Path) -> None:
-    small_trainer(checkpoints=tmp_path).train()
-    with pytest.raises(OptcpuError, match="with 0 callbacks, this one has 1"):
-        small_trainer(checkpoints=tmp_path, callbacks=[_Counter()]).train()
-    with pytest.raises(OptcpuError, match="of a run without a stopper, and this run has one"):
+    small_trainer(checkpoints=tmp_path, callbacks=[_Counter()]).train()
+    with pytest.raises(OptcpuError, match="has the state of a callback _Counter, which this run"):
+        small_trainer(checkpoints=tmp_path, callbacks=[Losses()]).train()
+    with pytest.raises(OptcpuError, match="of a run without freezing, and this run has a freezer"):
+        small_trainer(checkpoints=tmp_path, compile=True, freezing={}).train()
+    with pytest.raises(OptcpuError, match="run with AdamW, this one has Lookahead around SGD"):
         small_trainer(
-            checkpoints=tmp_path, validation_data=small_data(), early_stopping={}
+            checkpoints=tmp_path, optimizer={"name": "sgd", "lookahead": {}}, lr=0.1
         ).train()
     with pytest.raises(OptcpuError, match=r"is of another model.*Missing key"):
         small_trainer(nn.Linear(6, 2), checkpoints=tmp_path).train()
@@ -140,7 +146,9 @@ def test_resume_can_be_demanded_or_forbidden(tmp_path: Path) -> None:
     with pytest.raises(OptcpuError, match=r"resume is 'must', but .* holds no checkpoint"):
         small_trainer(checkpoints=tmp_path, resume="must").train()
     small_trainer(checkpoints=tmp_path, resume="never").train()
-    with pytest.raises(OptcpuError, match=r"resume is 'never', but .* holds a checkpoint of step 4"):
+    with pytest.raises(
+        OptcpuError, match=r"resume is 'never', but .* holds a checkpoint of step 4"
+    ):
         small_trainer(checkpoints=tmp_path, resume="never").train()
 
 
@@ -156,3 +164,79 @@ def test_losses_go_on(tmp_path: Path) -> None:
     small_trainer(checkpoints=tmp_path, callbacks=[first], loss=_StopAt(6)).train()
     small_trainer(checkpoints=tmp_path, callbacks=[second]).train()
     assert first.losses + second.losses == whole.losses
+
+
+def test_parts_without_a_past_can_be_added(tmp_path: Path) -> None:
+    small_trainer(checkpoints=tmp_path, callbacks=[_Counter()], loss=_StopAt(5)).train()
+    counter = _Counter()
+    result = small_trainer(
+        checkpoints=tmp_path,
+        callbacks=[Losses(), counter, _Counter()],
+        validation_data=small_data(),
+        early_stopping={},
+    ).train()
+    assert (result.steps, counter.steps) == (4, 4)
+
+
+def test_a_run_that_stopped_early_goes_on_with_more_patience(tmp_path: Path) -> None:
+    def train(patience: int) -> int:
+        inputs, targets = small_data().tensors
+        return (
+            small_trainer(
+                epochs=8,
+                lr=0.1,
+                validation_data=TensorDataset(inputs, (targets + 1) % 3),
+                early_stopping={"patience": patience},
+                checkpoints=tmp_path,
+            )
+            .train()
+            .epochs
+        )
+
+    assert train(2) == train(2) < train(4) < 8
+
+
+class _Weighted(nn.Module):
+    """A loss with parameters."""
+
+    def __init__(self, stop_at: int | None = None) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.ones(3))
+        self._stop = _StopAt(stop_at)
+
+    def forward(self, output: Any, batch: Any) -> Tensor:
+        return self._stop(output * self.weight, batch)
+
+
+@pytest.mark.parametrize("number", [1, 4, 7])
+def test_a_loss_with_parameters(tmp_path: Path, number: int) -> None:
+    given: dict[str, Any] = {"max_grad_norm": 0.01, "optimizer": "sgd", "lr": 1.0}
+    losses = [_Weighted(), _Weighted(number), _Weighted()]
+    small_trainer(loss=losses[0], **given).train()
+    small_trainer(loss=losses[1], checkpoints=tmp_path, **given).train()
+    small_trainer(small_model(9), loss=losses[2], checkpoints=tmp_path, **given).train()
+    assert torch.equal(losses[0].weight, losses[2].weight)
+    assert 0 < (losses[0].weight - 1).norm() < 0.2  # four steps and momentum, of 0.01 at most each
+
+
+def test_several_processes_begin_a_step_anew(tmp_path: Path) -> None:
+    trainer = small_trainer(checkpoints=tmp_path, loss=_StopAt(1))
+    trainer.train()
+    saved = CheckpointFolder(tmp_path).load()
+    assert saved is not None
+    assert saved.state["pending"]["done"] == 2
+    two = World(rank=1, size=2)
+    run = Run(
+        trainer.model,
+        default_loss,
+        trainer.optimizer,
+        trainer._scheduler,
+        Feed(small_data(), batch_size=4, rank=1, world_size=2),
+        two,
+        None,
+        None,
+        [],
+    )
+    assert run.load_state_dict(saved.state) is None
+    assert run.feed.batches_done == 0
+    assert all(p.grad is None for p in trainer.model.parameters())

@@ -44,10 +44,9 @@ def test_other_threads_are_left_alone() -> None:
 
 def test_a_signal_stops_the_run_around_this_one_too() -> None:
     outer, inner = StopRequest(), StopRequest()
-    with outer.listening():
-        with inner.listening():
-            os.kill(os.getpid(), signal.SIGTERM)
-            assert (inner.by, outer.by) == ("SIGTERM", "SIGTERM")
+    with outer.listening(), inner.listening():
+        os.kill(os.getpid(), signal.SIGTERM)
+        assert (inner.by, outer.by) == ("SIGTERM", "SIGTERM")
     assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
 
 

@@ -15,6 +15,7 @@ from optcpu.runtime.step import (
     collect,
     gradients_by_name,
     restore_gradients,
+    trained_parameters,
 )
 from optcpu.runtime.world import World
 
@@ -42,7 +43,7 @@ def test_the_gradient_is_that_of_the_mean_over_all_samples(sizes: list[int]) -> 
     step, runner = _collect(list(batches)), _runner(model)
     while not step.complete:
         runner.run_micro_batch(step)
-    gradients = gradients_by_name(model)
+    gradients = gradients_by_name(dict(model.named_parameters()))
 
     model.zero_grad()
     whole = [torch.cat(parts) for parts in zip(*batches, strict=True)]
@@ -113,9 +114,10 @@ def test_gradients_are_put_back() -> None:
     model, batches = _parts([3])
     runner, step = _runner(model), _collect(list(batches))
     runner.run_micro_batch(step)
-    gradients = {name: g.clone() for name, g in gradients_by_name(model).items()}
+    parameters = trained_parameters(model, default_loss)
+    gradients = {name: g.clone() for name, g in gradients_by_name(parameters).items()}
     runner.forget_gradients()
-    assert gradients_by_name(model) == {}
-    restore_gradients(model, gradients)
-    for name, gradient in gradients_by_name(model).items():
+    assert gradients_by_name(parameters) == {}
+    restore_gradients(parameters, gradients)
+    for name, gradient in gradients_by_name(parameters).items():
         assert torch.equal(gradient, gradients[name])
