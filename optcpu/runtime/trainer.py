@@ -34,7 +34,7 @@ from optcpu.runtime.schedule import make_schedule
 from optcpu.runtime.signals import StopRequest
 from optcpu.runtime.step import StepRunner, samples_in, trained_parameters
 from optcpu.runtime.stopping import Stopper
-from optcpu.runtime.validation import Metric, check_metrics, validate
+from optcpu.runtime.validation import Metric, check_metrics, names_of, validate
 from optcpu.runtime.world import World
 from passes.base import Pass, Rewrite
 
@@ -252,7 +252,7 @@ class Trainer:
             and self.options.early_stopping.monitor,
             "checkpoints.best": self.options.checkpoints and self.options.checkpoints.best,
         }
-        known = ["loss", *self._metrics]
+        known = names_of(self._metrics)
         for name, monitor in monitors.items():
             if monitor is None:
                 continue

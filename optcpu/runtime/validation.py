@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any, Protocol, TypeAlias, runtime_checkable
 
@@ -28,6 +27,8 @@ class AccumulatingMetric(Protocol):
         """Forget all batches."""
 
 
+_LABELS = ("labels", "label")
+
 Metric: TypeAlias = AccumulatingMetric | Callable[[Any, Batch], Any]
 
 
@@ -36,10 +37,9 @@ def accuracy(output: Any, batch: Batch) -> Tensor:
 
     Args:
         output: logits ``[..., classes]``, or an object with ``logits``.
-        batch: its last element is the target ``[...]``.
+        batch: has the target ``[...]``.
     """
-    logits = predictions_of(output)
-    target: Tensor = batch[-1]
+    logits, target = predictions_of(output), target_of(batch)
     counted = target != -100
     hits = (logits.argmax(-1) == target) & counted
     return hits.sum() / counted.sum().clamp(min=1)
@@ -61,6 +61,23 @@ def predictions_of(output: Any) -> Tensor:
     return logits
 
 
+def target_of(batch: Batch) -> Tensor:
+    """The tensor in ``batch`` that a metric compares with: its last element, or its labels."""
+    if isinstance(batch, tuple) and len(batch) > 1:
+        target = batch[-1]
+    elif isinstance(batch, Mapping):
+        target = next((batch[name] for name in _LABELS if name in batch), None)
+    else:
+        target = None
+    if not isinstance(target, Tensor):
+        raise OptcpuError(
+            "a metric needs a target: the last element of a batch that is a tuple, or an entry "
+            f"{' or '.join(map(repr, _LABELS))} of one that is a dict; give a function "
+            "metric(output, batch) for other batches"
+        )
+    return target
+
+
 def validate(
     model: nn.Module,
     batches: Iterable[Batch],
@@ -77,14 +94,16 @@ def validate(
         model: put into evaluation mode meanwhile.
         batches: :mod:`optcpu.measure.batches` says what they may be.
         loss: of an output and its batch.
-        metrics: functions ``(output, batch) -> number``, or metrics of torchmetrics, by their names.
+        metrics: functions ``(output, batch) -> number``, or metrics or collections of torchmetrics, by
+            their names.
         interrupted: asked after each batch.
 
     Returns:
         None if it was interrupted.
 
     Raises:
-        OptcpuError: there is no batch.
+        OptcpuError: there is no batch, or no target in it for a metric that needs one.
+        TypeError: a metric gives something else than a number.
     """
     sums: dict[str, float] = dict.fromkeys(("loss", *_functions(metrics)), 0.0)
     samples = 0
@@ -99,11 +118,11 @@ def validate(
                 (batch,) = as_batches(tuple(raw) if isinstance(raw, list) else raw)
                 size = units_in(batch)
                 output = call_model(model, batch)
-                sums["loss"] += float(loss(output, batch)) * size
+                sums["loss"] += _number("loss", loss(output, batch)) * size
                 for name, function in _functions(metrics).items():
-                    sums[name] += float(function(output, batch)) * size
+                    sums[name] += _number(name, function(output, batch)) * size
                 for metric in accumulating.values():
-                    metric.update(predictions_of(output), batch[-1])
+                    metric.update(predictions_of(output), target_of(batch))
                 samples += size
                 if interrupted():
                     return None
@@ -112,7 +131,28 @@ def validate(
     if samples == 0:
         raise OptcpuError("the validation data are empty: give at least one batch")
     results = {name: total / samples for name, total in sums.items()}
-    return results | {name: float(metric.compute()) for name, metric in accumulating.items()}
+    for name, metric in accumulating.items():
+        results |= _results(name, metric.compute())
+    return results
+
+
+def _results(name: str, computed: Any) -> dict[str, float]:
+    """Numbers by name; those of a collection have its own name before theirs."""
+    if isinstance(computed, Mapping):
+        return {f"{name}.{part}": _number(f"{name}.{part}", one) for part, one in computed.items()}
+    return {name: _number(name, computed)}
+
+
+def _number(name: str, value: Any) -> float:
+    try:
+        return float(value)
+    except (TypeError, ValueError, RuntimeError) as error:
+        what = (
+            f"a tensor of shape {list(value.shape)}" if isinstance(value, Tensor) else repr(value)
+        )
+        raise TypeError(
+            f"metric {name!r} gives {what}; one number was expected, say the mean over the batch"
+        ) from error
 
 
 def _functions(metrics: Mapping[str, Metric]) -> dict[str, Callable[[Any, Batch], Any]]:
@@ -126,6 +166,11 @@ def check_metrics(metrics: Mapping[str, Metric] | Iterable[str]) -> dict[str, Me
         ValueError: a name is not known, or taken.
         TypeError: a metric cannot be called.
     """
+    if isinstance(metrics, (str, AccumulatingMetric)):
+        raise TypeError(
+            f"metrics must be a list of names or a mapping {{name: metric}}, not {metrics!r}: put it into "
+            "one of them"
+        )
     if not isinstance(metrics, Mapping):
         unknown = [name for name in metrics if name not in BUILT_IN]
         if unknown:
@@ -145,6 +190,10 @@ def check_metrics(metrics: Mapping[str, Metric] | Iterable[str]) -> dict[str, Me
     return dict(metrics)
 
 
-def is_finite(metrics: Mapping[str, float]) -> bool:
-    """Whether all values are numbers."""
-    return all(math.isfinite(value) for value in metrics.values())
+def names_of(metrics: Mapping[str, Metric]) -> list[str]:
+    """What the results of :func:`validate` are called."""
+    names = ["loss"]
+    for name, metric in metrics.items():
+        parts = list(metric) if isinstance(metric, nn.ModuleDict) else []  # a MetricCollection
+        names += [f"{name}.{part}" for part in parts] or [name]
+    return names

@@ -11,7 +11,7 @@ from torch.utils.data import DataLoader, TensorDataset
 
 from optcpu.errors import OptcpuError
 from optcpu.measure.batches import default_loss
-from optcpu.runtime.validation import accuracy, check_metrics, validate
+from optcpu.runtime.validation import accuracy, check_metrics, names_of, validate
 
 INPUTS, TARGETS = torch.randn(10, 4), torch.randint(3, (10,))
 
@@ -83,3 +83,45 @@ def test_wrong_metrics_are_named() -> None:
         check_metrics({"loss": accuracy})
     with pytest.raises(TypeError, match="metric 'a' must be a function"):
         check_metrics({"a": 3})  # type: ignore[dict-item]
+    for alone in ("accuracy", torchmetrics_accuracy()):
+        with pytest.raises(TypeError, match="metrics must be a list of names or a mapping"):
+            check_metrics(alone)
+
+
+def torchmetrics_accuracy() -> Any:
+    torchmetrics = pytest.importorskip("torchmetrics")
+    return torchmetrics.Accuracy(task="multiclass", num_classes=3, average="micro")
+
+
+def test_a_collection_of_torchmetrics() -> None:
+    torchmetrics = pytest.importorskip("torchmetrics")
+    parts = {
+        "accuracy": torchmetrics_accuracy(),
+        "f1": torchmetrics.F1Score("multiclass", num_classes=3),
+    }
+    metrics = {"all": torchmetrics.MetricCollection(parts), "ours": accuracy}
+    results = validate(nn.Linear(4, 3), [(INPUTS, TARGETS)], default_loss, metrics)
+    assert results is not None
+    assert list(results) == ["loss", "ours", "all.accuracy", "all.f1"]
+    assert set(results) == set(names_of(metrics))
+    assert results["all.accuracy"] == pytest.approx(results["ours"])
+
+
+@pytest.mark.parametrize("labels", ["label", "labels"])
+def test_labels_of_a_batch_that_is_a_dict(labels: str) -> None:
+    logits = torch.tensor([[0.0, 1.0], [1.0, 0.0]])
+    batch = {"x": torch.ones(2, 3), labels: torch.tensor([1, 1])}
+    assert accuracy({"logits": logits}, batch) == 0.5
+    with pytest.raises(OptcpuError, match="a metric needs a target: the last element of a batch"):
+        accuracy(logits, {"x": torch.ones(2, 3)})
+
+
+@pytest.mark.parametrize("value", [torch.ones(3), None, "much"])
+def test_what_is_no_number_is_told(value: Any) -> None:
+    with pytest.raises(TypeError, match=r"metric 'mine' gives .*; one number was expected"):
+        validate(
+            nn.Linear(4, 3),
+            [(INPUTS, TARGETS)],
+            default_loss,
+            {"mine": lambda output, batch: value},
+        )
