@@ -82,8 +82,9 @@ def take_over(
     left = store_weights(model, updated, _FORMATS[weights])
     if left:
         warn(
-            f"{len(left)} weights stay FP32 ({left[0]} is the first), since something else refers "
-            "to their memory: call optcpu.optimize before the model is run or wrapped"
+            f"{len(left)} weights stay FP32 ({left[0]} is the first), since something else (a graph, "
+            "through a loss that is kept, say, or another parameter) refers to their memory: call "
+            "optcpu.optimize before the model is run or wrapped"
         )
     return _plain_weights(model) != plain
 

@@ -239,7 +239,16 @@ class Lookahead(Optimizer):
                 self._slow[parameter] = parameter.detach().to(self.slow_dtype, copy=True)
 
     def __getstate__(self) -> dict[str, Any]:
-        names = ("optimizer", "k", "alpha", "pullback", "slow_dtype", "steps", "defaults", "average")
+        names = (
+            "optimizer",
+            "k",
+            "alpha",
+            "pullback",
+            "slow_dtype",
+            "steps",
+            "defaults",
+            "average",
+        )
         return {name: getattr(self, name) for name in (*names, "_slow", "_momenta")}
 
     def __repr__(self) -> str:

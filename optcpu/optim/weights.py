@@ -9,7 +9,9 @@ hand) stores FP32 numbers. Compiled graphs see the halves, so that products read
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Iterable, Sequence
+from contextlib import nullcontext
 from typing import Any
 
 import torch
@@ -22,20 +24,8 @@ from passes.halves import joined
 
 aten = torch.ops.aten
 
-# Operators that put numbers in another place or shape, and so can take each half by itself.
-_MOVES = (
-    aten.alias.default,
-    aten.detach.default,
-    aten.expand.default,
-    aten.permute.default,
-    aten.select.int,
-    aten.slice.Tensor,
-    aten.squeeze.dim,
-    aten.t.default,
-    aten.transpose.int,
-    aten.unsqueeze.default,
-    aten.view.default,
-)
+# Operators that read the same bits as other numbers.
+_REREADS = (aten.view.dtype, aten.view_as_complex.default, aten._neg_view.default)
 # Those that read a few rows of the tensor.
 _LOOKUPS = (aten.embedding.default, aten.index_select.default)
 
@@ -53,9 +43,11 @@ class StoredWeight(Tensor):
 
     @staticmethod
     def __new__(cls, high: Tensor, low: Tensor | None) -> StoredWeight:
-        made: StoredWeight = torch.Tensor._make_wrapper_subclass(  # type: ignore[attr-defined]
-            cls, high.shape, strides=high.stride(), dtype=torch.float32, device=high.device
-        )
+        # Made in inference mode it could be no view of a parameter, nor be trained.
+        with torch.inference_mode(False):
+            made: StoredWeight = torch.Tensor._make_wrapper_subclass(  # type: ignore[attr-defined]
+                cls, high.shape, strides=high.stride(), dtype=torch.float32, device=high.device
+            )
         return made
 
     def __init__(self, high: Tensor, low: Tensor | None) -> None:
@@ -81,6 +73,15 @@ class StoredWeight(Tensor):
         """``function`` of both halves."""
         return StoredWeight(function(self.high), None if self.low is None else function(self.low))
 
+    def views(self, function: Callable[[Tensor], Any]) -> Any:
+        """The view, or the list of views, that ``function`` gives of both halves."""
+        high = function(self.high)
+        low = None if self.low is None else function(self.low)
+        if isinstance(high, Tensor):
+            return StoredWeight(high, low)
+        lows = [None] * len(high) if low is None else low
+        return [StoredWeight(*halves) for halves in zip(high, lows, strict=True)]
+
     def __tensor_flatten__(self) -> tuple[list[str], None]:
         return (["high"] if self.low is None else ["high", "low"]), None
 
@@ -101,13 +102,16 @@ class StoredWeight(Tensor):
     ) -> Any:
         kwargs = kwargs or {}
         first = args[0] if args else None
-        if function in _MOVES and isinstance(first, cls):
-            return first.each_half(lambda half: function(half, *args[1:], **kwargs))
+        if _is_composite(function):  # these come whole in inference mode alone
+            return function.decompose(*args, **kwargs)
+        if _is_view(function) and isinstance(first, cls):
+            return first.views(lambda half: function(half, *args[1:], **kwargs))
         if function in _LOOKUPS and isinstance(first, cls) and not _among(args[1:], cls):
             return first.each_half(lambda half: function(half, *args[1:], **kwargs)).full()
         written = _written(function, args, kwargs)
-        plain_args, plain_kwargs, copies = _in_full(args, kwargs)
-        result = function(*plain_args, **plain_kwargs)
+        with torch.inference_mode(torch.is_inference_mode_enabled() and function not in _REREADS):
+            plain_args, plain_kwargs, copies = _in_full(args, kwargs)
+            result = function(*plain_args, **plain_kwargs)
         for weight in written:
             weight.assign(copies[id(weight)])
         if isinstance(result, Tensor) and len(written) == 1 and result is copies[id(written[0])]:
@@ -138,8 +142,13 @@ class StoredWeight(Tensor):
                 f"this weight is stored for training in FP32 on the CPU and cannot become {numbers.dtype} "
                 f"on {numbers.device}: call optcpu.restore(model) first"
             )
-        format = Format.STOCHASTIC if self.low is None else Format.SPLIT
-        _become(self, StoredWeight.of(numbers.detach().clone(), format))
+        if numbers.shape == self.shape and numbers.stride() == self.stride():
+            self.assign(numbers.detach())
+            return
+        new: Tensor = StoredWeight.of(numbers.detach().clone(), self.stored().format)
+        _become(
+            self, nn.Parameter(new, self.requires_grad) if isinstance(self, nn.Parameter) else new
+        )
 
     def share_memory_(self) -> StoredWeight:
         """Move the halves to shared memory; see :meth:`torch.Tensor.share_memory_`."""
@@ -176,7 +185,9 @@ class StoredWeight(Tensor):
         return copy
 
     def __reduce_ex__(self, protocol: Any) -> Any:
-        return _plain(self).__reduce_ex__(protocol)
+        plain = _plain(self)
+        plain.__dict__.update(_marks(self))
+        return plain.__reduce_ex__(protocol)
 
 
 def store_weights(
@@ -197,70 +208,103 @@ def store_weights(
         The names of weights that had to stay plain, since something else refers to their memory.
     """
     known = {id(parameter) for parameter in parameters}
+    tied = _in_one_place(module.parameters())
     left: list[str] = []
     done: set[int] = set()
     for prefix, owner in module.named_modules():
-        for name, parameter in owner.named_parameters(recurse=False, remove_duplicate=False):
+        for name, parameter in _own_parameters(owner):
             if id(parameter) not in known or parameter.dim() < 2 or not parameter.numel():
                 continue
             if id(parameter) not in done and not isinstance(parameter, StoredWeight):
                 done.add(id(parameter))
-                if not _store(parameter, format):
+                if id(parameter) in tied or _is_in_a_graph(parameter):
                     left.append(f"{prefix}.{name}".lstrip("."))
-            if (
-                isinstance(parameter, StoredWeight)
-                and _export not in owner._state_dict_hooks.values()
-            ):
-                owner._register_state_dict_hook(_export)
+                else:
+                    stored = StoredWeight.of(parameter.detach(), format)
+                    _become(parameter, nn.Parameter(stored, parameter.requires_grad))
+            if isinstance(parameter, StoredWeight):
+                _register_anew(owner, name)
+                if _export not in owner._state_dict_hooks.values():
+                    owner._register_state_dict_hook(_export)
     return left
 
 
 def restore_weights(module: nn.Module) -> None:
     """Undo :func:`store_weights`: the parameters are plain FP32 again, bit for bit."""
     for owner in module.modules():
-        for parameter in owner.parameters(recurse=False):
+        for _, parameter in _own_parameters(owner):
             if isinstance(parameter, StoredWeight):
-                gradient = parameter.grad
-                parameter.grad = None
-                _swap(parameter, _plain(parameter))
-                parameter.grad = None if gradient is None else gradient.float()
+                if parameter.grad is not None:
+                    parameter.grad = parameter.grad.float()
+                _become(parameter, _plain(parameter))
         for key, hook in list(owner._state_dict_hooks.items()):
             if hook is _export:
                 del owner._state_dict_hooks[key]
+                for name, _ in _own_parameters(owner):
+                    _register_anew(owner, name)
 
 
-def _store(parameter: nn.Parameter, format: Format) -> bool:
-    """Change one parameter; whether that was possible."""
-    try:
-        _become(parameter, StoredWeight.of(parameter.detach(), format))
-    except RuntimeError:
-        return False
-    return True
+def _own_parameters(owner: nn.Module) -> list[tuple[str, nn.Parameter]]:
+    """Those of the module itself, tied ones included."""
+    return list(owner.named_parameters(recurse=False, remove_duplicate=False))
 
 
-def _become(tensor: Tensor, stored: StoredWeight) -> None:
-    """Make ``tensor`` what ``stored`` is, but for who it is, its gradient and whether it has one."""
-    gradient, tensor.grad = tensor.grad, None
-    new: Tensor = stored
-    if isinstance(tensor, nn.Parameter):
-        new = nn.Parameter(stored, tensor.requires_grad)
-        if hasattr(new, "grad_dtype"):
-            new.grad_dtype = None  # gradients come in FP32 or BF16
-    try:
-        _swap(tensor, new)
-    finally:
-        tensor.grad = gradient
+def _in_one_place(parameters: Iterable[Tensor]) -> set[int]:
+    """The ids of parameters that begin where another one does: ``a.data = b.data`` ties them so."""
+    by_address: dict[int, set[int]] = {}
+    for parameter in parameters:
+        if not isinstance(parameter, StoredWeight) and parameter.numel():
+            by_address.setdefault(parameter.data_ptr(), set()).add(id(parameter))
+    return set().union(*(ids for ids in by_address.values() if len(ids) > 1))
 
 
-def _swap(parameter: Tensor, other: Tensor) -> None:
-    """Exchange what two tensors are, but not who they are.
+def _register_anew(owner: nn.Module, name: str) -> None:
+    """Let compiled code see that a parameter is of another kind.
+
+    Where a module's dictionary is the one that it knows, Dynamo of PyTorch 2.8 does not look at what
+    is in there, and would hand the graph a tensor that has no memory of its own.
+    """
+    parameter, owner._parameters[name] = owner._parameters[name], None
+    owner._parameters[name] = parameter
+
+
+def _become(tensor: Tensor, new: Tensor) -> None:
+    """Make ``tensor`` what ``new`` is, but for who it is, its gradient, its hooks and its user's marks.
 
     As :func:`torch.utils.swap_tensors`, which refuses where somebody holds a weak reference; compiled
     code does, and looks at the tensor's type before it goes on.
     """
-    parameter.__class__, other.__class__ = other.__class__, parameter.__class__
-    parameter.__dict__, other.__dict__ = other.__dict__, parameter.__dict__
-    torch._C._swap_tensor_impl(parameter, other)  # type: ignore[attr-defined]
+    if _is_in_a_graph(tensor) and tensor.requires_grad and tensor.is_leaf:
+        # It would give the gradient to what the tensor has been.
+        torch.autograd.graph.get_gradient_edge(tensor).node.register_prehook(_refuse_backward)
+    if isinstance(new, StoredWeight) and new.requires_grad and hasattr(new, "grad_dtype"):
+        new.grad_dtype = None  # gradients come in FP32 or BF16
+    hooks = tensor._backward_hooks, tensor._post_accumulate_grad_hooks  # type: ignore[attr-defined]
+    gradient, tensor.grad = tensor.grad, None
+    new.__dict__.update(_marks(tensor))
+    torch._C._swap_tensor_impl(tensor, new)  # type: ignore[attr-defined]
+    tensor.__class__, new.__class__ = new.__class__, tensor.__class__
+    tensor.__dict__, new.__dict__ = new.__dict__, tensor.__dict__
+    tensor._backward_hooks, tensor._post_accumulate_grad_hooks = hooks  # type: ignore[attr-defined]
+    if gradient is not None and gradient.shape == tensor.shape:
+        tensor.grad = gradient
+
+
+def _is_in_a_graph(tensor: Tensor) -> bool:
+    """Whether autograd (or another part of PyTorch) holds ``tensor``, and so would miss its change."""
+    return bool(tensor._use_count() > 1)  # type: ignore[attr-defined]
+
+
+def _marks(tensor: Tensor) -> dict[str, Any]:
+    """What users have set on a tensor: ``parameter.no_decay = True``, say."""
+    return {k: v for k, v in tensor.__dict__.items() if k not in ("high", "low", "_is_param")}
+
+
+def _refuse_backward(gradients: Any) -> None:
+    raise OptcpuError(
+        "a weight was stored in another way between forward and backward: call optcpu.optimize and "
+        "optcpu.restore, and assign .data of weights, between backward and the next forward"
+    )
 
 
 def _plain(tensor: StoredWeight) -> Tensor:
@@ -270,12 +314,42 @@ def _plain(tensor: StoredWeight) -> Tensor:
     return tensor.full()
 
 
-def _export(module: nn.Module, state_dict: dict[str, Any], prefix: str, metadata: Any) -> None:
-    """Put plain tensors for stored weights into a ``state_dict()``."""
-    for name in module._parameters:
-        entry = state_dict.get(prefix + name)
-        if isinstance(entry, StoredWeight) and not isinstance(entry, nn.Parameter):
-            state_dict[prefix + name] = entry.full()
+class _Export:
+    """A hook that puts plain tensors for stored weights into a ``state_dict()``."""
+
+    def __call__(self, module: nn.Module, state_dict: dict[str, Any], prefix: str, _: Any) -> None:
+        for name in module._parameters:
+            entry = state_dict.get(prefix + name)
+            if isinstance(entry, StoredWeight) and not isinstance(entry, nn.Parameter):
+                state_dict[prefix + name] = entry.full()
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        """A copy has plain weights: there a function of Python's that does nothing stands instead."""
+        return getattr, (nullcontext(), "__exit__")
+
+
+_export = _Export()
+
+
+@functools.cache
+def _is_view(function: Any) -> bool:
+    """Whether ``function`` gives the same numbers in another order or shape, or some of them.
+
+    Views of each half are then views of both.
+    """
+    results = function._schema.returns
+    return (
+        function not in _REREADS
+        and bool(results)
+        and all(result.alias_info and not result.alias_info.is_write for result in results)
+    )
+
+
+@functools.cache
+def _is_composite(function: Any) -> bool:
+    """Whether ``function`` is made of others that autograd knows."""
+    key = torch._C.DispatchKey.CompositeImplicitAutograd
+    return bool(function.has_kernel_for_dispatch_key(key))
 
 
 def _written(function: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> list[StoredWeight]:

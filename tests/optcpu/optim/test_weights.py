@@ -154,16 +154,25 @@ WRITES: dict[str, Callable[[Tensor], object]] = {
     "list": lambda w: torch._foreach_mul_([w], 0.1),
     "self": lambda w: w.add_(w),
     "clamp": lambda w: w.clamp_(min=0.0),
+    "chunk": lambda w: w.chunk(2)[1].add_(1),
+    "unbind": lambda w: w.unbind()[2].zero_(),
+    "diagonal": lambda w: w.fill_diagonal_(8.0),
+    "squeeze": lambda w: w[None].squeeze().add_(1),
+    "unfold": lambda w: w.unfold(0, 2, 2).add_(1),
+    "flat": lambda w: w.flatten()[5].fill_(2.5),
+    "complex": lambda w: torch.view_as_complex(w.view(4, 3, 2)).abs(),
 }
 
 
+@pytest.mark.parametrize("inference", [False, True])
 @pytest.mark.parametrize("name", WRITES)
-def test_writing(name: str) -> None:
+def test_writing(name: str, inference: bool) -> None:
     torch.manual_seed(0)
     numbers = torch.randn(4, 6)
     weight = StoredWeight.of(numbers, Format.SPLIT)
-    WRITES[name](weight)
-    WRITES[name](numbers)
+    with torch.inference_mode(inference):
+        WRITES[name](weight)
+        WRITES[name](numbers)
     assert torch.equal(weight.clone(), numbers)
 
 
@@ -275,3 +284,101 @@ def test_channels_last_weights_stay_so() -> None:
     x = torch.randn(2, 8, 9, 9)
     torch.testing.assert_close(layer(x), plain(x))
     assert layer.state_dict()["weight"].stride() == strides
+
+
+def test_hooks_and_marks_of_users_stay() -> None:
+    layer = nn.Linear(4, 4, bias=False)
+    calls: list[str] = []
+    layer.weight.register_hook(lambda _: calls.append("gradient"))
+    layer.weight.register_post_accumulate_grad_hook(lambda _: calls.append("accumulated"))
+    layer.weight.no_decay = True
+    for change in (
+        lambda: store_weights(layer, layer.parameters(), Format.SPLIT),
+        lambda: setattr(layer.weight, "data", torch.randn(3, 4)),
+        lambda: restore_weights(layer),
+    ):
+        change()
+        calls.clear()
+        layer(torch.ones(2, 4)).sum().backward()
+        assert calls == ["gradient", "accumulated"]
+        assert layer.weight.no_decay
+    assert set(layer.weight.__dict__) == {"no_decay"}
+
+
+def test_weights_in_a_living_graph_stay_plain() -> None:
+    layer = nn.Linear(4, 4)
+    loss = layer(torch.ones(2, 4)).sum()
+    assert store_weights(layer, layer.parameters(), Format.SPLIT) == ["weight"]
+    loss.backward()
+    assert layer.weight.grad is not None
+
+
+def test_backward_through_weights_that_are_restored_meanwhile_is_refused() -> None:
+    layer = nn.Linear(4, 4)
+    store_weights(layer, layer.parameters(), Format.SPLIT)
+    loss = layer(torch.ones(2, 4)).sum()
+    restore_weights(layer)
+    with pytest.raises(OptcpuError, match="between forward and backward"):
+        loss.backward()
+
+
+def test_numbers_can_be_assigned_while_a_graph_lives() -> None:
+    layer = nn.Linear(4, 4)
+    store_weights(layer, layer.parameters(), Format.SPLIT)
+    loss = layer(torch.ones(2, 4)).sum()
+    layer.weight.data = torch.zeros(4, 4)
+    loss.backward()
+    assert layer.weight.grad is not None
+
+
+def test_weights_that_are_tied_by_their_memory_stay_plain() -> None:
+    model = nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 4), nn.Linear(4, 4))
+    model[2].weight.data = model[0].weight.data
+    assert store_weights(model, model.parameters(), Format.SPLIT) == ["0.weight", "2.weight"]
+    assert isinstance(model[1].weight, StoredWeight)
+
+
+def test_a_pickle_can_be_read_without_optcpu(model: Tied) -> None:
+    plain = copy.deepcopy(model)
+    store_weights(model, model.parameters(), Format.SPLIT)
+    saved = pickle.dumps(model)
+    assert b"optcpu.optim" not in saved
+    copied = pickle.loads(saved)
+    torch.testing.assert_close(copied.state_dict(), plain.state_dict(), rtol=0, atol=0)
+
+
+def test_a_pickled_weight_keeps_its_marks() -> None:
+    layer = nn.Linear(4, 4)
+    layer.weight.no_decay = True
+    store_weights(layer, layer.parameters(), Format.SPLIT)
+    assert pickle.loads(pickle.dumps(layer)).weight.no_decay
+
+
+@BOTH
+def test_inference_mode(format: Format) -> None:
+    attention = nn.MultiheadAttention(8, 2)
+    plain = copy.deepcopy(attention)
+    store_weights(attention, attention.parameters(), format)
+    query, key = torch.randn(3, 2, 8), torch.randn(5, 2, 8)
+    tolerance = 1e-5 if format == Format.SPLIT else 1e-2
+    with torch.inference_mode():
+        result, expected = attention(query, key, key)[0], plain(query, key, key)[0]
+        torch.testing.assert_close(result, expected, rtol=0, atol=tolerance)
+        weight = attention.in_proj_weight
+        assert torch.equal(weight.to(torch.float64), weight.clone().double())
+        attention.load_state_dict(attention.state_dict())
+
+
+def test_compiled_code_sees_how_weights_are_stored() -> None:
+    """PyTorch 2.8 took the old graph, and read memory that was not there."""
+    torch.manual_seed(0)
+    layer = nn.Linear(4, 4)
+    compiled, x = torch.compile(layer), torch.randn(3, 4)
+    expected = layer(x).detach()
+    for change in (
+        lambda: None,
+        lambda: store_weights(layer, layer.parameters(), Format.SPLIT),
+        lambda: restore_weights(layer),
+    ):
+        change()
+        torch.testing.assert_close(compiled(x).detach(), expected)
