@@ -118,7 +118,7 @@ def _linear(x: Tensor, weight: Tensor, bias: Tensor | None, activation: str) -> 
 
 def _weight_for_onednn(x: Tensor, weight: Tensor) -> Tensor | None:
     """``weight`` in the layout in which oneDNN is the fastest; None where ATen is faster."""
-    kernel = fastest(x, weight.t())
+    kernel = fastest(x, weight.t(), preferred="onednn")
     if kernel == "aten":
         return None
     return packed_for(x, weight) if kernel == "onednn-packed" else weight

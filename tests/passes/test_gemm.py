@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
@@ -57,7 +57,7 @@ def test_small_products_are_not_measured(own_cache: Path) -> None:
 
 def test_a_choice_is_measured_once_and_read_by_later_processes(own_cache: Path) -> None:
     a, b = torch.randn(256, 256), torch.randn(256, 256)
-    assert gemm.fastest(a, b) in gemm.kernels(torch.float32)
+    assert gemm.fastest(a, b, "aten") in gemm.kernels(torch.float32)
     stored = json.loads(gemm.cache_file().read_text())
     assert list(stored) == ["256x256x256 nn float32 2"]
 
@@ -66,7 +66,7 @@ def test_a_choice_is_measured_once_and_read_by_later_processes(own_cache: Path) 
     )
     gemm.cache_file().write_text(json.dumps({"256x256x256 nn float32 2": other}))
     gemm._choices.cache_clear()  # as a new process begins
-    assert gemm.fastest(a, b) == other
+    assert gemm.fastest(a, b, "aten") == other
 
 
 @pytest.mark.parametrize(
@@ -76,7 +76,7 @@ def test_a_damaged_file_is_measured_anew(own_cache: Path, content: str) -> None:
     gemm.cache_file().parent.mkdir(parents=True)
     gemm.cache_file().write_text(content)
     a, b = torch.randn(256, 256), torch.randn(256, 256)
-    assert gemm.fastest(a, b) in gemm.kernels(torch.float32)
+    assert gemm.fastest(a, b, "aten") in gemm.kernels(torch.float32)
 
 
 def test_a_cache_that_cannot_be_written_does_no_harm(
@@ -96,9 +96,33 @@ def test_a_run_that_fails_is_never_chosen() -> None:
     assert gemm.measure(runs, preferred="broken") == "sound"
 
 
+def test_the_shortest_time_counts_and_a_tie_goes_to_the_preferred(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    now, calls = 0.0, {"fast": 0, "tied": 0, "slow": 0}
+    # Each has a turn in which the machine was busy.
+    times = {"fast": [5.0, 1.0, 1.0], "tied": [1.04, 9.0, 9.0], "slow": [3.0, 3.0, 3.0]}
+
+    def run(name: str) -> Callable[[], torch.Tensor]:
+        def work() -> torch.Tensor:
+            nonlocal now
+            now += times[name][max(0, min(calls[name] - 1, 2))]  # the first call warms up
+            calls[name] += 1
+            return torch.zeros(1)
+
+        return work
+
+    monkeypatch.setattr(gemm.time, "perf_counter", lambda: now)
+    runs = {name: run(name) for name in times}
+    assert gemm.measure(runs, preferred="tied") == "tied"
+    assert gemm.measure(runs, preferred="slow") == "fast"
+
+
 def test_sizes_that_are_close_share_a_measurement() -> None:
     keys = [gemm.shape_key(torch.empty(m, 64), torch.empty(64, 4608)) for m in (900, 1000, 1030)]
     assert len(set(keys)) == 2  # 1024 is a step
+    aligned = [gemm.shape_key(torch.empty(8, 64), torch.empty(64, n)) for n in (45, 46, 48)]
+    assert aligned[0] == aligned[1] != aligned[2]
     assert gemm._bucket(1) == 1
     assert all(size <= gemm._bucket(size) <= 1.25 * size for size in range(1, 5000))
 

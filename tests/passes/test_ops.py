@@ -87,7 +87,7 @@ def test_linear_add(dtype: torch.dtype) -> None:
 
 @pytest.mark.parametrize("kernel", kernels(torch.float32))
 def test_every_kernel_serves_every_linear(kernel: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(ops, "fastest", lambda a, b: kernel)
+    monkeypatch.setattr(ops, "fastest", lambda a, b, preferred: kernel)
     x, weight, bias, residual = (torch.randn(s) for s in ((32, 24), (16, 24), (16,), (32, 16)))
     expected = reference(x, weight, bias, "none").float()
     torch.testing.assert_close(ops.linear_op(x, weight, bias, "relu"), expected.relu())
