@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable, Iterable, Sequence
-from contextlib import nullcontext
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
@@ -43,8 +43,7 @@ class StoredWeight(Tensor):
 
     @staticmethod
     def __new__(cls, high: Tensor, low: Tensor | None) -> StoredWeight:
-        # Made in inference mode it could be no view of a parameter, nor be trained.
-        with torch.inference_mode(False):
+        with _no_inference_tensors():
             made: StoredWeight = torch.Tensor._make_wrapper_subclass(  # type: ignore[attr-defined]
                 cls, high.shape, strides=high.stride(), dtype=torch.float32, device=high.device
             )
@@ -97,6 +96,7 @@ class StoredWeight(Tensor):
     __torch_function__ = torch._C._disabled_torch_function_impl  # type: ignore[assignment]
 
     @classmethod
+    @torch._disable_dynamo  # where a module runs eagerly Dynamo looks into what it calls
     def __torch_dispatch__(  # type: ignore[override]
         cls, function: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
     ) -> Any:
@@ -109,7 +109,7 @@ class StoredWeight(Tensor):
         if function in _LOOKUPS and isinstance(first, cls) and not _among(args[1:], cls):
             return first.each_half(lambda half: function(half, *args[1:], **kwargs)).full()
         written = _written(function, args, kwargs)
-        with torch.inference_mode(torch.is_inference_mode_enabled() and function not in _REREADS):
+        with _no_inference_tensors() if function in _REREADS else nullcontext():
             plain_args, plain_kwargs, copies = _in_full(args, kwargs)
             result = function(*plain_args, **plain_kwargs)
         for weight in written:
@@ -149,6 +149,26 @@ class StoredWeight(Tensor):
         _become(
             self, nn.Parameter(new, self.requires_grad) if isinstance(self, nn.Parameter) else new
         )
+
+    def to(self, *args: Any, **kwargs: Any) -> Tensor:
+        """See :meth:`torch.Tensor.to`."""
+        return self._moved(super().to(*args, **kwargs))
+
+    def cpu(self, *args: Any, **kwargs: Any) -> Tensor:
+        """See :meth:`torch.Tensor.cpu`."""
+        return self._moved(super().cpu(*args, **kwargs))
+
+    def float(self, *args: Any, **kwargs: Any) -> Tensor:
+        """See :meth:`torch.Tensor.float`."""
+        return self._moved(super().float(*args, **kwargs))
+
+    def _moved(self, result: Tensor) -> Tensor:
+        """``result``, but without autograd a plain tensor where it is this one.
+
+        Moving a module assigns the result to the parameter, as data if it is plain; a tensor like this
+        one PyTorch would swap, and refuse to once compiled code knows the parameter.
+        """
+        return self.full() if result is self and not torch.is_grad_enabled() else result
 
     def share_memory_(self) -> StoredWeight:
         """Move the halves to shared memory; see :meth:`torch.Tensor.share_memory_`."""
@@ -329,6 +349,12 @@ class _Export:
 
 
 _export = _Export()
+
+
+def _no_inference_tensors() -> AbstractContextManager[Any]:
+    """Tensors that inference mode makes cannot be views of a parameter, nor be trained."""
+    # Entered in vain it would switch autograd on, too.
+    return torch.inference_mode(False) if torch.is_inference_mode_enabled() else nullcontext()
 
 
 @functools.cache

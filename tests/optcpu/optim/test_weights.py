@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import io
 import pickle
+import weakref
 from collections.abc import Callable
 
 import pytest
@@ -269,7 +270,9 @@ def test_what_changes_nothing(move: Callable[[nn.Module], object]) -> None:
     layer = nn.Linear(4, 4, bias=False)
     store_weights(layer, layer.parameters(), Format.SPLIT)
     weight, before = layer.weight, layer.state_dict()["weight"]
+    known = weakref.ref(weight) if move is not nn.Module.share_memory else None  # to a guard, say
     move(layer)
+    del known
     assert layer.weight is weight
     assert isinstance(weight, StoredWeight)
     assert torch.equal(layer.state_dict()["weight"], before)
@@ -382,3 +385,14 @@ def test_compiled_code_sees_how_weights_are_stored() -> None:
     ):
         change()
         torch.testing.assert_close(compiled(x).detach(), expected)
+
+
+def test_an_optimizer_of_others_in_one_call_for_plain_and_stored_weights() -> None:
+    layer = nn.Linear(4, 4)
+    store_weights(layer, layer.parameters(), Format.SPLIT)
+    plain = copy.deepcopy(layer)
+    for module in (layer, plain):
+        optimizer = torch.optim.SGD(module.parameters(), lr=0.1, foreach=True)
+        module(torch.ones(2, 4)).sum().backward()
+        optimizer.step()
+    torch.testing.assert_close(layer.state_dict(), plain.state_dict())
