@@ -1,20 +1,29 @@
-"""The parts of a run that its settings name: optimizer, threads, length."""
+"""The parts of a run: made from settings, or checked where the user gives them as objects."""
 
 from __future__ import annotations
 
 import inspect
 import math
 import os
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 import torch
 from torch import nn
 from torch.optim import Optimizer
+from torch.optim.lr_scheduler import LRScheduler, ReduceLROnPlateau
 
 from optcpu.cpu import capabilities
+from optcpu.errors import OptcpuError
 from optcpu.optim import SGD, Adam, AdamW, Lamb, Lookahead
+from optcpu.optim.base import StoredOptimizer
+from optcpu.optimize import Settings, compiled_call, optimize
+from optcpu.pipeline import Pipeline, resolve_precision
+from optcpu.runtime.callbacks import Callback
+from optcpu.runtime.freezer import DynamicFreezer
 from optcpu.runtime.options import OptimizerOptions, TrainerOptions
+from optcpu.runtime.schedule import make_schedule
+from passes.base import Pass, Rewrite
 
 _KINDS: dict[str, type[Optimizer]] = {"adamw": AdamW, "adam": Adam, "sgd": SGD, "lamb": Lamb}
 
@@ -42,6 +51,231 @@ def make_optimizer(trained: Iterable[nn.Parameter], options: OptimizerOptions) -
     if options.lookahead is None:
         return optimizer
     return Lookahead(optimizer, **options.lookahead.model_dump())
+
+
+def optimizer_settings(given: Any, lr: float | None) -> dict[str, Any]:
+    """The settings that stand for ``given``: a name, settings, or None.
+
+    Raises:
+        TypeError: it is something else.
+    """
+    if given is None:
+        settings: dict[str, Any] = {}
+    elif isinstance(given, str):
+        settings = {"name": given}
+    elif isinstance(given, OptimizerOptions):
+        settings = given.model_dump()
+    elif isinstance(given, Mapping):
+        settings = dict(given)
+    else:
+        raise TypeError(
+            "optimizer must be a torch.optim.Optimizer, its settings or its name, not "
+            f"{given.__name__ if isinstance(given, type) else type(given).__name__}"
+        )
+    return settings if lr is None else {**settings, "lr": lr}
+
+
+def check_optimizer(optimizer: Optimizer, trained: Iterable[nn.Parameter], saved: bool) -> None:
+    """Refuse an optimizer of other parameters than those trained.
+
+    Args:
+        optimizer: the user's.
+        trained: parameters of model and loss.
+        saved: whether checkpoints are written.
+
+    Raises:
+        ValueError: it has none of them, or others that checkpoints would not have.
+    """
+    known = {id(parameter) for parameter in trained}
+    updated = [p for group in optimizer.param_groups for p in group["params"]]
+    others = [p for p in updated if id(p) not in known]
+    if len(others) == len(updated):
+        raise ValueError(
+            "the optimizer has none of the model's parameters: make it with model.parameters(), after the "
+            "model is as it will be trained"
+        )
+    if others and saved:
+        raise ValueError(
+            f"{len(others)} of the optimizer's parameters belong neither to the model nor to a loss that "
+            "is a module, so that checkpoints would not have them: make them part of one of the two"
+        )
+
+
+def compile_model(
+    model: nn.Module,
+    optimizer: Optimizer,
+    options: TrainerOptions,
+    passes: Sequence[Pass | Rewrite] | None,
+    state_dtype: torch.dtype | None,
+) -> None:
+    """Compile ``model``, with its optimizer, if that is wanted and was not done.
+
+    Raises:
+        OptcpuError: it is compiled with other settings than those that are given.
+    """
+    present = compiled_call(model)
+    if present is not None:
+        _check_compiled(present.settings, options, passes)
+    elif options.compile:
+        optimize(
+            model,
+            optimizer,
+            precision=options.precision,
+            passes=passes,
+            dynamic=options.dynamic,
+            activation_memory=options.activation_memory,
+            weights=options.weights,
+            state_dtype=state_dtype,
+        )
+
+
+def _check_compiled(
+    present: Settings, options: TrainerOptions, passes: Sequence[Pass | Rewrite] | None
+) -> None:
+    wanted: dict[str, Any] = {
+        "compile": options.compile,
+        "precision": resolve_precision(options.precision),
+        "dynamic": options.dynamic,
+        "activation_memory": options.activation_memory,
+    }
+    there: dict[str, Any] = {"compile": True}
+    there |= {name: getattr(present, name) for name in wanted if name not in there}
+    differing = [
+        f"{name} = {there[name]!r}, not {wanted[name]!r}"
+        for name in wanted
+        if name in options.model_fields_set and there[name] != wanted[name]
+    ]
+    if passes is not None and Pipeline.of(passes) != present.pipeline:
+        differing.append("other passes")
+    if differing:
+        raise OptcpuError(
+            f"the model is compiled already, with {', '.join(differing)}: call optcpu.restore(model) first"
+        )
+
+
+def update_in_backward(optimizer: Optimizer, accumulation_steps: int, processes: int) -> None:
+    """Let ``optimizer`` update each parameter in the backward pass of a step's last micro-batch.
+
+    Raises:
+        ValueError: it cannot, or processes have to add up their gradients first.
+    """
+    inner = optimizer.optimizer if isinstance(optimizer, Lookahead) else optimizer
+    if not isinstance(inner, StoredOptimizer):
+        raise ValueError(
+            f"update_in_backward needs an optimizer of optcpu.optim, not {type(inner).__name__}"
+        )
+    if processes > 1:
+        raise ValueError(
+            "update_in_backward is for one process: several add up their gradients before the update; "
+            "leave it out"
+        )
+    inner.update_in_backward(accumulation_steps)
+
+
+def make_scheduler(
+    given: Any,
+    optimizer: Optimizer,
+    options: TrainerOptions,
+    total_steps: int | None,
+    validates: bool,
+) -> LRScheduler:
+    """The scheduler of ``optimizer``.
+
+    Args:
+        given: the user's, a function that makes one of an optimizer, or None for ``options.schedule``.
+        optimizer: whose learning rate it sets.
+        options: of the run.
+        total_steps: in the whole run; None if unknown.
+        validates: whether there are validations.
+
+    Raises:
+        TypeError: ``given`` is or makes something else.
+        ValueError: it is of another optimizer, or waits for validations that never come.
+    """
+    if given is None:
+        return make_schedule(optimizer, options.schedule, total_steps)
+    if not isinstance(given, LRScheduler) and not callable(given):
+        raise TypeError(
+            "scheduler must be one of PyTorch's, a function that makes one of an optimizer, or settings; "
+            f"not {type(given).__name__}"
+        )
+    scheduler = given if isinstance(given, LRScheduler) else given(optimizer)
+    if not isinstance(scheduler, LRScheduler):
+        raise TypeError(f"scheduler must make a scheduler, not {type(scheduler).__name__}")
+    if scheduler.optimizer.param_groups is not optimizer.param_groups:
+        raise ValueError("the scheduler is of another optimizer: make it of the one that trains")
+    if isinstance(scheduler, ReduceLROnPlateau) and not validates:
+        raise ValueError("ReduceLROnPlateau follows the loss of validation: give validation_data")
+    return scheduler
+
+
+def make_freezer(
+    given: Callable[[nn.Module, Optimizer], DynamicFreezer] | None,
+    model: nn.Module,
+    optimizer: Optimizer,
+    options: TrainerOptions,
+    total_steps: int | None,
+) -> DynamicFreezer | None:
+    """The freezer that the user's function makes, or the settings; None without either.
+
+    Raises:
+        TypeError: the function makes something else.
+        ValueError: both are given.
+    """
+    if given is None and options.freezing is None:
+        return None
+    if given is None:
+        assert options.freezing is not None
+        settings = options.freezing.model_dump()
+        total_steps = total_steps if settings.pop("payback") else None
+        return DynamicFreezer(model, optimizer, total_steps=total_steps, **settings)
+    if options.freezing is not None:
+        raise ValueError("give either freezer or freezing, not both of them")
+    made = given(model, optimizer)
+    if not isinstance(made, DynamicFreezer):
+        raise TypeError(f"freezer must make a DynamicFreezer, not {type(made).__name__}")
+    return made
+
+
+def check_monitors(options: TrainerOptions, known: Sequence[str], validates: bool) -> None:
+    """Refuse to watch what no validation gives.
+
+    Args:
+        options: of the run.
+        known: what validation gives.
+        validates: whether there are validations.
+
+    Raises:
+        ValueError: there is none, or it does not give that.
+    """
+    stopping, checkpoints = options.early_stopping, options.checkpoints
+    monitors = {
+        "early_stopping.monitor": None if stopping is None else stopping.monitor,
+        "checkpoints.best": None if checkpoints is None else checkpoints.best,
+    }
+    for name, monitor in monitors.items():
+        if monitor is None:
+            continue
+        if not validates:
+            raise ValueError(f"{name} = {monitor!r} needs validation_data")
+        if monitor not in known:
+            raise ValueError(
+                f"{name} is {monitor!r}, but validation gives {', '.join(known)}: add it to metrics"
+            )
+
+
+def checked_callbacks(callbacks: Sequence[Callback]) -> list[Callback]:
+    """``callbacks``, if they are some.
+
+    Raises:
+        TypeError: one is not.
+    """
+    for callback in callbacks:
+        if not isinstance(callback, Callback):
+            raise TypeError(
+                f"callbacks must be optcpu.runtime.Callback objects, not {type(callback).__name__}"
+            )
+    return list(callbacks)
 
 
 def threads_for(options: TrainerOptions, local_processes: int = 1) -> int:

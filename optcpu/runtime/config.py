@@ -81,7 +81,8 @@ def _set(settings: dict[str, Any], path: list[str], value: Any) -> None:
 def make_trainer(config: RunConfig) -> Trainer:
     """The trainer for a run."""
     what = job(config.job, config.seed)
-    settings = {name: getattr(config, name) for name in TrainerOptions.model_fields}
+    given = config.model_fields_set & set(TrainerOptions.model_fields)
+    settings = {name: getattr(config, name) for name in given}
     return Trainer(
         what.model,
         what.train_data,

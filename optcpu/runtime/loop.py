@@ -202,7 +202,10 @@ class Loop:
         assert self._folder is not None
         checkpoint = self._folder.load()
         assert checkpoint is not None
+        rates = [group["lr"] for group in run.optimizer.param_groups]
         run.load_weights(checkpoint.state)
+        for group, rate in zip(run.optimizer.param_groups, rates, strict=True):
+            group["lr"] = rate  # which goes on with the data
         self._display.message(f"{where}: back to the weights of step {checkpoint.step}")
 
     def _end_epoch(self) -> None:

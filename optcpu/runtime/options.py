@@ -233,8 +233,8 @@ class TrainerOptions(Options):
     @model_validator(mode="after")
     def _settings_agree(self) -> TrainerOptions:
         if (self.epochs is None) == (self.steps is None):
-            given = "both" if self.epochs is not None else "none"
-            raise ValueError(f"give either epochs or steps, not {given} of them")
+            but = "; there is neither" if self.epochs is None else ", not both of them"
+            raise ValueError(f"give either epochs or steps{but}")
         for name, least in (("threads", 1), ("workers", 0)):
             value = getattr(self, name)
             if isinstance(value, int) and value < least:

@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
+from typing import Any
 
+from torch import Tensor
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LambdaLR
 
@@ -28,10 +31,51 @@ def factor(step: int, options: ScheduleOptions, total_steps: int | None) -> floa
     return options.final + (1 - options.final) * falling
 
 
+class Schedule(LambdaLR):
+    """A scheduler that follows :func:`factor`, one step for each optimizer step.
+
+    As long as the factor stays the same, the learning rates are left as they are, so that a callback may
+    set them. A run that goes on with another learning rate or length follows the new ones at once.
+
+    Args:
+        optimizer: whose groups' learning rates are the highest ones.
+        factor_of: of a step.
+    """
+
+    def __init__(self, optimizer: Optimizer, factor_of: Callable[[int], float]) -> None:
+        self._factor_of = factor_of
+        super().__init__(optimizer, factor_of)
+
+    def get_lr(self) -> list[float | Tensor]:
+        """The learning rate of each group."""
+        step = self.last_epoch
+        if step > 0 and self._factor_of(step) == self._factor_of(step - 1):
+            return [group["lr"] for group in self.optimizer.param_groups]
+        return [base * self._factor_of(step) for base in self.base_lrs]
+
+    def state_dict(self) -> dict[str, Any]:
+        """The number of steps, and what the learning rates have followed."""
+        return {
+            "step": self.last_epoch,
+            "base_lrs": [float(base) for base in self.base_lrs],
+            "factor": self._factor_of(self.last_epoch),
+        }
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Go on from what :meth:`state_dict` gave, once the optimizer has its state."""
+        self.last_epoch = state_dict["step"]
+        self._step_count = self.last_epoch + 1
+        if {**state_dict, **self.state_dict()} != state_dict:
+            step = self.last_epoch
+            for group, base in zip(self.optimizer.param_groups, self.base_lrs, strict=True):
+                group["lr"] = base * self._factor_of(step)
+        self._last_lr = [group["lr"] for group in self.optimizer.param_groups]
+
+
 def make_schedule(
     optimizer: Optimizer, options: ScheduleOptions, total_steps: int | None
-) -> LambdaLR:
-    """A scheduler of PyTorch that follows :func:`factor`, one step for each optimizer step.
+) -> Schedule:
+    """The scheduler that ``options`` describe.
 
     Args:
         optimizer: whose groups' learning rates are the highest ones.
@@ -51,4 +95,4 @@ def make_schedule(
             f"schedule.warmup_steps is {options.warmup_steps}, but there are only {total_steps} "
             "steps: train longer or warm up for less"
         )
-    return LambdaLR(optimizer, lambda step: factor(step, options, total_steps))
+    return Schedule(optimizer, lambda step: factor(step, options, total_steps))

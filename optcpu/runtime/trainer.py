@@ -12,14 +12,22 @@ import numpy as np
 import torch
 from torch import nn
 from torch.optim import Optimizer
-from torch.optim.lr_scheduler import LRScheduler, ReduceLROnPlateau
 
 from optcpu.errors import OptcpuError
 from optcpu.measure.batches import Batch, Loss, default_loss
-from optcpu.optim.base import StoredOptimizer
-from optcpu.optim.lookahead import Lookahead
-from optcpu.optimize import compiled_call, optimize
-from optcpu.runtime.build import make_optimizer, steps_per_epoch, threads_for
+from optcpu.runtime.build import (
+    check_monitors,
+    check_optimizer,
+    checked_callbacks,
+    compile_model,
+    make_freezer,
+    make_optimizer,
+    make_scheduler,
+    optimizer_settings,
+    steps_per_epoch,
+    threads_for,
+    update_in_backward,
+)
 from optcpu.runtime.callbacks import Callback
 from optcpu.runtime.checkpoint import CheckpointFolder
 from optcpu.runtime.display import Display
@@ -30,7 +38,6 @@ from optcpu.runtime.metrics_log import MetricsLog
 from optcpu.runtime.options import OptimizerOptions, ScheduleOptions, TrainerOptions, read_options
 from optcpu.runtime.placement import settle
 from optcpu.runtime.run import Run
-from optcpu.runtime.schedule import make_schedule
 from optcpu.runtime.signals import StopRequest
 from optcpu.runtime.step import StepRunner, samples_in, trained_parameters
 from optcpu.runtime.stopping import Stopper
@@ -133,15 +140,17 @@ class Trainer:
             raise ValueError("lr is for an optimizer that the trainer makes; set it in yours")
         settings = dict(options)
         if not isinstance(optimizer, Optimizer):
-            settings["optimizer"] = _optimizer_settings(optimizer, lr)
+            settings["optimizer"] = optimizer_settings(optimizer, lr)
+        if scheduler is not None and "schedule" in settings:
+            raise ValueError("give either scheduler or schedule, not both of them")
         if isinstance(scheduler, (str, Mapping, ScheduleOptions)):
-            settings["schedule"] = scheduler
+            settings["schedule"], scheduler = scheduler, None
         self.options = read_options(TrainerOptions, settings, "Trainer")
         self.model = model
         self._loss: Loss = default_loss if loss is None else loss
         self._metrics = check_metrics(metrics)
-        self._check_monitors(validation_data is not None)
-        self._callbacks = _checked_callbacks(callbacks)
+        check_monitors(self.options, names_of(self._metrics), validation_data is not None)
+        self._callbacks = checked_callbacks(callbacks)
         self._size_of = size_of
         self._world = World.join(compress=self.options.compress_gradients)
         sharing = settle(self._world.local_rank, self._world.local_size)
@@ -161,10 +170,17 @@ class Trainer:
             self._validation = evaluation_batches(
                 validation_data, self.options.batch_size, collate_fn
             )
-        self.optimizer = self._prepare(optimizer, passes, state_dtype)
+        self.optimizer = self._make_optimizer(optimizer)
+        compile_model(model, self.optimizer, self.options, passes, state_dtype)
+        if self.options.update_in_backward:
+            update_in_backward(self.optimizer, self.options.accumulation_steps, self._world.size)
         self._total_steps = self._count_steps()
-        self._scheduler = self._make_scheduler(scheduler)
-        self._freezer = self._make_freezer(freezer)
+        self._scheduler = make_scheduler(
+            scheduler, self.optimizer, self.options, self._total_steps, validation_data is not None
+        )
+        self._freezer = make_freezer(
+            freezer, self.model, self.optimizer, self.options, self._total_steps
+        )
         self._stop = StopRequest()
 
     @property
@@ -172,96 +188,18 @@ class Trainer:
         """Whether this process writes files and shows progress; others are there under torchrun only."""
         return self._world.first
 
-    def _prepare(
-        self,
-        optimizer: Any,
-        passes: Sequence[Pass | Rewrite] | None,
-        state_dtype: torch.dtype | None,
-    ) -> Optimizer:
-        """The optimizer, with the model compiled."""
-        options = self.options
-        made: Optimizer = (
-            optimizer
-            if isinstance(optimizer, Optimizer)
-            else make_optimizer(
-                trained_parameters(self.model, self._loss).values(), options.optimizer
-            )
-        )
-        if options.compile and compiled_call(self.model) is None:
-            optimize(
-                self.model,
-                made,
-                precision=options.precision,
-                passes=passes,
-                dynamic=options.dynamic,
-                activation_memory=options.activation_memory,
-                weights=options.weights,
-                state_dtype=state_dtype,
-            )
-        if options.update_in_backward:
-            inner = made.optimizer if isinstance(made, Lookahead) else made
-            if not isinstance(inner, StoredOptimizer):
-                raise ValueError(
-                    f"update_in_backward needs an optimizer of optcpu.optim, not {type(inner).__name__}"
-                )
-            inner.update_in_backward(options.accumulation_steps)
-        return made
+    def _make_optimizer(self, given: Any) -> Optimizer:
+        trained = trained_parameters(self.model, self._loss)
+        if not isinstance(given, Optimizer):
+            return make_optimizer(trained.values(), self.options.optimizer)
+        check_optimizer(given, trained.values(), self.options.checkpoints is not None)
+        return given
 
     def _count_steps(self) -> int | None:
         if self.options.steps is not None:
             return self.options.steps
         per_epoch = steps_per_epoch(self._feed.length, self.options.accumulation_steps)
         return None if per_epoch is None else per_epoch * (self.options.epochs or 0)
-
-    def _make_scheduler(self, scheduler: Any) -> LRScheduler:
-        if isinstance(scheduler, (LRScheduler, ReduceLROnPlateau)):
-            return scheduler
-        if callable(scheduler):
-            made = scheduler(self.optimizer)
-            if not isinstance(made, LRScheduler):
-                raise TypeError(f"scheduler must make a scheduler, not {type(made).__name__}")
-            return made
-        if scheduler is None or isinstance(scheduler, (str, Mapping, ScheduleOptions)):
-            return make_schedule(self.optimizer, self.options.schedule, self._total_steps)
-        raise TypeError(
-            "scheduler must be one of PyTorch's, a function that makes one of an optimizer, or settings; "
-            f"not {type(scheduler).__name__}"
-        )
-
-    def _make_freezer(
-        self, freezer: Callable[[nn.Module, Optimizer], DynamicFreezer] | None
-    ) -> DynamicFreezer | None:
-        options = self.options.freezing
-        if freezer is None and options is None:
-            return None
-        if freezer is None:
-            assert options is not None
-            settings = options.model_dump()
-            total_steps = self._total_steps if settings.pop("payback") else None
-            return DynamicFreezer(self.model, self.optimizer, total_steps=total_steps, **settings)
-        if options is not None:
-            raise ValueError("give either freezer or freezing, not both of them")
-        made = freezer(self.model, self.optimizer)
-        if not isinstance(made, DynamicFreezer):
-            raise TypeError(f"freezer must make a DynamicFreezer, not {type(made).__name__}")
-        return made
-
-    def _check_monitors(self, validates: bool) -> None:
-        monitors = {
-            "early_stopping.monitor": self.options.early_stopping
-            and self.options.early_stopping.monitor,
-            "checkpoints.best": self.options.checkpoints and self.options.checkpoints.best,
-        }
-        known = names_of(self._metrics)
-        for name, monitor in monitors.items():
-            if monitor is None:
-                continue
-            if not validates:
-                raise ValueError(f"{name} = {monitor!r} needs validation_data")
-            if monitor not in known:
-                raise ValueError(
-                    f"{name} is {monitor!r}, but validation gives {', '.join(known)}: add it to metrics"
-                )
 
     def train(self) -> TrainingResult:
         """Train to the end, or go on from the newest checkpoint to the end.
@@ -419,29 +357,3 @@ class _Log:
     def close(self) -> None:
         if self.file is not None:
             self.file.close()
-
-
-def _optimizer_settings(optimizer: Any, lr: float | None) -> dict[str, Any]:
-    if optimizer is None:
-        settings: dict[str, Any] = {}
-    elif isinstance(optimizer, str):
-        settings = {"name": optimizer}
-    elif isinstance(optimizer, OptimizerOptions):
-        settings = optimizer.model_dump()
-    elif isinstance(optimizer, Mapping):
-        settings = dict(optimizer)
-    else:
-        raise TypeError(
-            "optimizer must be a torch.optim.Optimizer, its settings or its name, not "
-            f"{type(optimizer).__name__}"
-        )
-    return settings if lr is None else {**settings, "lr": lr}
-
-
-def _checked_callbacks(callbacks: Sequence[Callback]) -> list[Callback]:
-    for callback in callbacks:
-        if not isinstance(callback, Callback):
-            raise TypeError(
-                f"callbacks must be optcpu.runtime.Callback objects, not {type(callback).__name__}"
-            )
-    return list(callbacks)

@@ -83,6 +83,25 @@ def test_rollback_goes_back_to_the_last_checkpoint(tmp_path: Path) -> None:
     assert not torch.equal(weights.seen[3], weights.seen[2])
 
 
+def test_rollback_leaves_the_learning_rate(tmp_path: Path) -> None:
+    rates: list[float] = []
+
+    class Rates(Callback):
+        def on_step_end(self, trainer: Trainer, metrics: dict[str, float]) -> None:
+            rates.append(trainer.optimizer.param_groups[0]["lr"])
+
+    small_trainer(
+        steps=5,
+        lr=1.0,
+        scheduler={"name": "constant", "warmup_steps": 2},
+        loss=_BadIn(9),  # in the fourth step
+        on_nan="rollback",
+        checkpoints={"folder": tmp_path, "every_steps": 1000},
+        callbacks=[Rates()],
+    ).train()
+    assert rates == [1.0] * 5
+
+
 def test_rollback_in_the_first_step_goes_back_to_the_beginning(tmp_path: Path) -> None:
     model = small_model()
     before = model[0].weight.detach().clone()

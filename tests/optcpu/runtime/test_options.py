@@ -46,7 +46,7 @@ def test_a_bare_value_stands_for_a_group() -> None:
         ({"epochs": "3"}, "epochs is '3'; input should be a valid integer"),
         ({"epochs": True}, "epochs is True; input should be a valid integer"),
         ({"steps": 3}, "either epochs or steps, not both"),
-        ({"epochs": None}, "either epochs or steps, not none"),
+        ({"epochs": None}, "either epochs or steps; there is neither"),
         ({"max_grad_norm": float("nan")}, "max_grad_norm is nan; input should be"),
         ({"optimizer": {"lr": -1.0}}, "optimizer.lr is -1.0; input should be greater than 0"),
         ({"optimizer": {"betas": [0.9, 1.0]}}, "optimizer: betas must lie in"),

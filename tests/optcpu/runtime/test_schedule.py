@@ -43,3 +43,38 @@ def test_a_schedule_that_cannot_be_is_refused() -> None:
         make_schedule(_optimizer(), ScheduleOptions(name="cosine"), None)
     with pytest.raises(ValueError, match="warmup_steps is 10, but there are only 10 steps"):
         make_schedule(_optimizer(), ScheduleOptions(warmup_steps=10), 10)
+
+
+def test_a_rate_that_someone_has_set_stays_where_the_schedule_is_flat() -> None:
+    optimizer = _optimizer()
+    schedule = make_schedule(optimizer, ScheduleOptions(warmup_steps=2), None)
+    rates = []
+    for step in range(5):
+        rates.append(optimizer.param_groups[0]["lr"])
+        if step in (0, 3):
+            optimizer.param_groups[0]["lr"] = 7.0
+        optimizer.step()
+        schedule.step()
+    assert rates == [1.0, 2.0, 2.0, 2.0, 7.0]
+
+
+@pytest.mark.parametrize(
+    ("lr", "total", "expected"), [(2.0, 4, [9.0, 0.5]), (2.0, 8, [1.5, 1.25]), (4.0, 4, [2.0, 1.0])]
+)
+def test_a_run_goes_on_by_what_is_set_now(lr: float, total: int, expected: list[float]) -> None:
+    """As it was if nothing has changed, a callback's rate included; else by the new settings."""
+    options = ScheduleOptions(name="linear")
+    first = _optimizer()
+    schedule = make_schedule(first, options, 4)
+    for _ in range(2):
+        first.step()
+        schedule.step()
+    first.param_groups[0]["lr"] = 9.0
+    second = torch.optim.SGD([torch.zeros(1, requires_grad=True)], lr=lr)
+    resumed = make_schedule(second, options, total)
+    second.load_state_dict(first.state_dict())
+    resumed.load_state_dict(schedule.state_dict())
+    rates = [second.param_groups[0]["lr"]]
+    second.step()
+    resumed.step()
+    assert [*rates, second.param_groups[0]["lr"]] == pytest.approx(expected)

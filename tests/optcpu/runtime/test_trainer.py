@@ -12,6 +12,7 @@ import optcpu
 from optcpu import Trainer
 from optcpu.errors import OptcpuError
 from optcpu.optimize import compiled_call
+from optcpu.runtime.build import update_in_backward
 
 
 def test_the_shortest_use() -> None:
@@ -142,6 +143,47 @@ def test_learning() -> None:
 def test_wrong_arguments_are_told(given: dict[str, Any], error: type, message: str) -> None:
     with pytest.raises(error, match=message):
         small_trainer(**given)
+
+
+def test_parts_that_do_not_belong_together_are_refused() -> None:
+    model, other = nn.Linear(6, 3), nn.Linear(6, 3)
+    optimizer, foreign = (torch.optim.SGD(m.parameters(), lr=0.1) for m in (model, other))
+    given: dict[str, Any] = {"optimizer": optimizer, "lr": None}
+    with pytest.raises(ValueError, match="the optimizer has none of the model's parameters"):
+        small_trainer(model, optimizer=foreign, lr=None)
+    schedulers = torch.optim.lr_scheduler
+    with pytest.raises(ValueError, match="the scheduler is of another optimizer"):
+        small_trainer(model, scheduler=schedulers.StepLR(foreign, 1), **given)
+    with pytest.raises(ValueError, match="follows the loss of validation: give validation_data"):
+        small_trainer(model, scheduler=schedulers.ReduceLROnPlateau, **given)
+    with pytest.raises(ValueError, match="give either scheduler or schedule"):
+        small_trainer(model, scheduler="cosine", schedule="linear")
+    optimizer.add_param_group({"params": list(other.parameters())})
+    small_trainer(model, **given)
+    with pytest.raises(ValueError, match="2 of the optimizer's parameters belong neither to the"):
+        small_trainer(model, checkpoints="never-written", **given)
+
+
+def test_a_model_that_is_compiled_otherwise_is_refused() -> None:
+    model = nn.Linear(6, 3)
+    optcpu.optimize(model, precision="fp32")
+    small_trainer(model, compile=True)
+    small_trainer(model, compile=True, precision="fp32")
+    for given in (
+        {"compile": False},
+        {"dynamic": True},
+        {"precision": "bf16"},
+        {"activation_memory": 0.5},
+        {"passes": []},
+    ):
+        with pytest.raises(OptcpuError, match=r"compiled already, with .*: call optcpu.restore"):
+            small_trainer(model, **{"compile": True, **given})
+
+
+def test_update_in_backward_is_for_one_process() -> None:
+    optimizer = optcpu.optim.SGD(nn.Linear(6, 3).parameters(), lr=0.1)
+    with pytest.raises(ValueError, match="update_in_backward is for one process"):
+        update_in_backward(optimizer, 1, processes=2)
 
 
 def test_a_model_that_is_none_or_has_nothing_to_train() -> None:
