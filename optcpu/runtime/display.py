@@ -6,6 +6,7 @@ import logging
 import sys
 import time
 from types import TracebackType
+from typing import Any
 
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
@@ -28,8 +29,9 @@ def duration(seconds: float | None) -> str:
 class Display:
     """A progress bar on a terminal, a line now and then elsewhere, nothing if switched off.
 
-    The bar is redrawn at most four times a second, between steps and by the thread that trains, so
-    that it costs training next to nothing.
+    Messages go to the logger ``optcpu.trainer``, if somebody has set it to INFO; what logging writes to the
+    terminal meanwhile comes above the bar. The bar is redrawn at most four times a second, between steps
+    and by the thread that trains, so that it costs training next to nothing.
 
     Args:
         shown: None shows it; a bar if stderr is a terminal, else lines.
@@ -41,6 +43,8 @@ class Display:
         self._lines = shown is not False
         self._total = total
         self._next = 0.0
+        self._done = done
+        self._terminal_logs: list[logging.StreamHandler[Any]] = []
         self._bar: Progress | None = None
         if self._lines and sys.stderr.isatty():
             self._bar = Progress(
@@ -55,8 +59,13 @@ class Display:
 
     def __enter__(self) -> Display:
         if self._bar is not None:
-            self._bar.start()
+            terminal = sys.stderr
+            self._bar.start()  # puts something else in the place of sys.stderr
             self._bar.refresh()
+            for handler in [*logging.getLogger().handlers, *logger.handlers]:
+                if isinstance(handler, logging.StreamHandler) and handler.stream is terminal:
+                    self._terminal_logs.append(handler)
+                    handler.setStream(sys.stderr)
         return self
 
     def __exit__(
@@ -67,6 +76,8 @@ class Display:
     ) -> None:
         if self._bar is not None:
             self._bar.stop()
+        for handler in self._terminal_logs:
+            handler.setStream(sys.stderr)
 
     def step(
         self, step: int, epoch: int, loss: float, rate: float | None, left: float | None
@@ -80,6 +91,7 @@ class Display:
             rate: samples a second.
             left: seconds until the end.
         """
+        self._done = step
         now = time.monotonic()
         if now < self._next or not self._lines:
             return
@@ -95,18 +107,17 @@ class Display:
     def phase(self, text: str) -> None:
         """Something other than a step begins."""
         if self._bar is not None:
-            self._bar.update(self._task, description=text, refresh=True)
+            self._bar.update(self._task, completed=self._done, description=text, refresh=True)
             self._next = 0.0
 
     def message(self, text: str) -> None:
         """Something that happened now and then, as a line of its own."""
-        if self._lines:
-            self._say(text)
+        self._say(text)
 
     def _say(self, line: str) -> None:
-        if self._bar is not None:
-            self._bar.console.print(line, highlight=False, markup=False)
-        elif logger.isEnabledFor(logging.INFO):
+        if logger.isEnabledFor(logging.INFO):
             logger.info(line)
-        else:
+        elif self._bar is not None:
+            self._bar.console.print(line, highlight=False, markup=False)
+        elif self._lines:
             print(line, file=sys.stderr, flush=True)

@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import difflib
 from pathlib import Path
-from typing import Any, ClassVar, Literal, TypeVar
+from typing import Annotated, Any, ClassVar, Literal, TypeVar
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 SomeOptions = TypeVar("SomeOptions", bound="Options")
+
+# A path, in which "~" is the home folder.
+Folder = Annotated[Path, Field(strict=False), AfterValidator(Path.expanduser)]
 
 
 class Options(BaseModel):
@@ -64,7 +67,7 @@ class Checkpoints(Options):
 
     shorthand = "folder"
 
-    folder: Path = Field(strict=False)
+    folder: Folder
     every_steps: int | None = Field(None, ge=1)
     keep_last: int = Field(3, ge=1)
     best: str | None = None
@@ -156,7 +159,7 @@ class LogOptions(Options):
 
     shorthand = "folder"
 
-    folder: Path = Field(strict=False)
+    folder: Folder
     every_steps: int = Field(10, ge=1)
     tensorboard: bool = False
 

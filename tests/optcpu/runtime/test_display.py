@@ -32,13 +32,35 @@ def test_a_bar_on_a_terminal(monkeypatch: pytest.MonkeyPatch) -> None:
     with Display(None, total=40, done=10) as display:
         display.step(11, 0, 1.25, 321.0, 95.0)
         display.step(12, 0, 9.75, 321.0, 95.0)  # too soon to be drawn
+        assert "11/40" in terminal.getvalue()
         display.phase("validation")
         display.message("validation loss 0.5")
     drawn = terminal.getvalue()
-    assert "11/40" in drawn
+    assert "12/40" in drawn, "what other phases come after is told exactly"
     assert "epoch 1  loss 1.2500  321 samples/s  1:35 left" in drawn
     assert "9.75" not in drawn
     assert "validation loss 0.5" in drawn
+
+
+def test_logging_to_the_terminal_comes_above_the_bar(monkeypatch: pytest.MonkeyPatch) -> None:
+    terminal = _Terminal()
+    monkeypatch.setattr(sys, "stderr", terminal)
+    monkeypatch.setenv("TERM", "xterm")
+    handler = logging.StreamHandler()
+    logger = logging.getLogger("optcpu.trainer")
+    logger.addHandler(handler)
+    logger.setLevel(logging.INFO)
+    try:
+        with Display(None, total=4, done=0) as display:
+            logger.warning("a warning")
+            display.message("a message")
+        assert handler.stream is terminal
+    finally:
+        logger.removeHandler(handler)
+        logger.setLevel(logging.NOTSET)
+    for line in ("a warning", "a message"):
+        # The bar is wiped away before, and drawn anew after a line of its own.
+        assert f"\x1b[2K{line}\n" in terminal.getvalue()
 
 
 def test_lines_elsewhere(capfd: pytest.CaptureFixture[str]) -> None:

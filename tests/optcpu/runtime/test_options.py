@@ -73,3 +73,11 @@ def test_a_wrong_setting_is_named(given: dict[str, Any], message: str) -> None:
 def test_all_wrong_settings_are_named_at_once() -> None:
     with pytest.raises(ValueError, match=r"batch_size is 0; .*; there is no setting .acumulation"):
         _read(acumulation=3, batch_size=0)
+
+
+def test_the_home_folder_is_found() -> None:
+    options = read_options(TrainerOptions, {"steps": 1, "log": "~/log", "checkpoints": "a"}, "x")
+    assert options.log is not None
+    assert options.log.folder == Path.home() / "log"
+    assert options.checkpoints is not None
+    assert options.checkpoints.folder == Path("a")
