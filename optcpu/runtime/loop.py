@@ -13,8 +13,8 @@ from typing import Any
 import torch
 from torch.optim.lr_scheduler import ReduceLROnPlateau
 
-from optcpu.errors import OptcpuError
-from optcpu.measure.batches import Batch
+from optcpu.errors import OptcpuError, warn
+from optcpu.measure.batches import Batch, signature
 from optcpu.optimize import compiled_call
 from optcpu.runtime.checkpoint import CheckpointFolder
 from optcpu.runtime.display import Display
@@ -27,6 +27,9 @@ from optcpu.runtime.stopping import is_better
 from optcpu.runtime.validation import Metric, validate
 
 logger = logging.getLogger("optcpu.trainer")
+
+
+_MANY_SHAPES = 4
 
 
 class TrainingDiverged(OptcpuError):
@@ -80,6 +83,7 @@ class Loop:
         self._saved = run.position.step  # the step of the last checkpoint, written or loaded
         self._changed = False  # anything since then
         self._found_better = False
+        self._shapes: set[tuple[tuple[int, ...], ...]] = set()  # of what was compiled
         self._interval_started = time.perf_counter()
         self._interval_samples = 0
 
@@ -151,7 +155,20 @@ class Loop:
         self._before, self._changed, self._updating = None, True, False
         phase = "step" if self._compilations() == compiled else "compile"
         run.clock.add(phase, time.perf_counter() - started)
+        if phase == "compile" and not self._options.dynamic:
+            self._note_shapes(step)
         self._report(step, norm)
+
+    def _note_shapes(self, step: MicroBatches) -> None:
+        """Warn once where batches come in so many shapes that compiling each does not pay."""
+        before = len(self._shapes)
+        self._shapes.update(signature(batch) for batch in step.batches)
+        if before < _MANY_SHAPES <= len(self._shapes):
+            warn(
+                f"the training batches had {len(self._shapes)} different shapes so far, each compiled by "
+                f"itself; behind {torch._dynamo.config.recompile_limit} versions PyTorch runs further ones "
+                "eagerly. Remedy: dynamic=True, or batches of few shapes (pad them, drop_last=True)"
+            )
 
     def _report(self, step: MicroBatches, norm: float | None) -> None:
         run, position = self._run, self._run.position

@@ -77,10 +77,18 @@ class MetricsLog:
 
 def _append(path: Path, text: str) -> None:
     try:
-        with path.open("a", encoding="utf-8") as file:
+        try:
+            file = path.open("a", encoding="utf-8")
+        except FileNotFoundError:  # somebody has tidied up meanwhile
+            path.parent.mkdir(parents=True, exist_ok=True)
+            file = path.open("a", encoding="utf-8")
+        with file:
             file.write(text)
     except OSError as error:
-        raise OptcpuError(f"cannot write metrics to {path}: {error.strerror}") from error
+        raise OptcpuError(
+            f"cannot write metrics to {path}: {error.strerror}; make it writable, or choose another folder "
+            "for the log"
+        ) from error
 
 
 def _rows(path: Path) -> list[dict[str, Any]]:

@@ -211,12 +211,15 @@ class Run:
         if state is None or state["options"] != settings:
             self.position.stop_reason = None
 
-    def resume_step(self, pending: dict[str, Any], step: MicroBatches, rng: dict[str, Any]) -> None:
+    def resume_step(
+        self, pending: dict[str, Any], step: MicroBatches | None, rng: dict[str, Any]
+    ) -> None:
         """Go on in the middle of a step whose micro-batches have been drawn anew."""
-        if len(step.batches) != pending["batches"]:
+        given = 0 if step is None else len(step.batches)
+        if step is None or given != pending["batches"]:
             raise OptcpuError(
                 f"the checkpoint was written in a step of {pending['batches']} micro-batches, and the "
-                f"data now give {len(step.batches)}: go on with the same data and accumulation_steps"
+                f"data now give {given}: go on with the same data and accumulation_steps"
             )
         step.done, step.loss = pending["done"], pending["loss"]
         restore_gradients(trained_parameters(self.model, self.loss), pending["gradients"])

@@ -30,6 +30,7 @@ from optcpu.runtime.build import (
 )
 from optcpu.runtime.callbacks import Callback
 from optcpu.runtime.checkpoint import CheckpointFolder
+from optcpu.runtime.checkpoint_format import Checkpoint
 from optcpu.runtime.display import Display
 from optcpu.runtime.freezer import DynamicFreezer
 from optcpu.runtime.loading import Feed, evaluation_batches
@@ -182,6 +183,7 @@ class Trainer:
             freezer, self.model, self.optimizer, self.options, self._total_steps
         )
         self._stop = StopRequest()
+        self._run: Run | None = None
 
     @property
     def is_first_process(self) -> bool:
@@ -205,52 +207,34 @@ class Trainer:
         """Train to the end, or go on from the newest checkpoint to the end.
 
         SIGINT (Ctrl-C), SIGTERM and :meth:`stop` end it after the micro-batch at work, with a checkpoint.
+        Called again, it goes on from there, also without checkpoints.
 
         Raises:
             TrainingDiverged: the loss or the gradient is not finite, and ``on_nan`` is ``"stop"``.
             OptcpuError: data, checkpoints or log cannot be read or written.
         """
-        torch.set_num_threads(self._threads)
         self._stop = StopRequest()
-        was_training = self.model.training
+        threads, was_training = torch.get_num_threads(), self.model.training
+        torch.set_num_threads(self._threads)
         self.model.train()
         try:
             return self._train()
         finally:
             self.model.train(was_training)
+            torch.set_num_threads(threads)
 
     def _train(self) -> TrainingResult:
-        options, world = self.options, self._world
-        stopper = None if options.early_stopping is None else Stopper(options.early_stopping)
-        run = Run(
-            self.model,
-            self._loss,
-            self.optimizer,
-            self._scheduler,
-            self._feed,
-            world,
-            self._freezer,
-            stopper,
-            self._callbacks,
-        )
-        folder = self._open_folder()
-        saved = None if folder is None else folder.load()
-        if saved is None:
-            if options.resume == "must":
-                raise OptcpuError(
-                    f"resume is 'must', but {options.checkpoints and options.checkpoints.folder} holds "
-                    "no checkpoint"
-                )
-            self._share_weights()
-            self._seed()
-            pending = None
-        elif options.resume == "never":
-            raise OptcpuError(
-                f"resume is 'never', but {saved.path.parent} holds a checkpoint of step {saved.step}: "
-                "choose another folder, or remove it"
-            )
-        else:
-            pending = run.load_state_dict(saved.state)
+        options, world, folder = self.options, self._world, self._open_folder()
+        saved, pending = None, None
+        run, self._run = self._run, None  # kept only if all goes well
+        if run is None:
+            run = self._make_run()
+            saved = self._checkpoint(folder)
+            if saved is None:
+                self._share_weights()
+                self._seed()
+            else:
+                pending = run.load_state_dict(saved.state)
         shown = options.progress if world.first else False
         with (
             contextlib.closing(_Log(options, run.position.step, world)) as log,
@@ -273,14 +257,13 @@ class Trainer:
             if saved is not None:
                 display.message(f"going on from {saved.path}")
                 if pending is not None:
-                    step = loop.draw()
-                    assert step is not None
-                    run.resume_step(pending, step, saved.state["processes"][0]["rng"])
+                    run.resume_step(pending, loop.draw(), saved.state["processes"][0]["rng"])
             if options.on_nan == "rollback":
                 loop.save_first()
             for callback in self._callbacks:
                 callback.on_train_begin(self)
             stopped_by = loop.go()
+        self._run = run
         position = run.position
         result = TrainingResult(
             steps=position.step,
@@ -326,6 +309,39 @@ class Trainer:
             check_gradients=self.options.on_nan == "skip",
             local_steps=self.options.local_steps,
         )
+
+    def _make_run(self) -> Run:
+        stopping = self.options.early_stopping
+        return Run(
+            self.model,
+            self._loss,
+            self.optimizer,
+            self._scheduler,
+            self._feed,
+            self._world,
+            self._freezer,
+            None if stopping is None else Stopper(stopping),
+            self._callbacks,
+        )
+
+    def _checkpoint(self, folder: CheckpointFolder | None) -> Checkpoint | None:
+        """What to go on from; None to begin anew."""
+        saved = None if folder is None else folder.load()
+        steps = self._world.gather(None if saved is None else saved.step)
+        if len(set(steps)) > 1:
+            raise OptcpuError(
+                f"the processes find other checkpoints (of the steps {steps}, by process): the folder must "
+                "be on a disk that all machines share"
+            )
+        if saved is None and self.options.resume == "must":
+            where = self.options.checkpoints and self.options.checkpoints.folder
+            raise OptcpuError(f"resume is 'must', but {where} holds no checkpoint")
+        if saved is not None and self.options.resume == "never":
+            raise OptcpuError(
+                f"resume is 'never', but {saved.path.parent} holds a checkpoint of step {saved.step}: "
+                "choose another folder, or remove it"
+            )
+        return saved
 
     def _open_folder(self) -> CheckpointFolder | None:
         options = self.options.checkpoints

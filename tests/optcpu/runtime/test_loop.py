@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import json
 import math
+import warnings
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -366,3 +367,15 @@ def test_weights_ahead_of_the_schedule_are_not_saved(tmp_path: Path) -> None:
     saved = CheckpointFolder(tmp_path).load()
     assert saved is not None
     assert saved.step == saved.state["optimizer"]["state"][0]["step"]
+
+
+def test_many_shapes_are_told() -> None:
+    def batches(shapes: int) -> list[Any]:
+        return [(torch.randn(n, 6), torch.randint(3, (n,))) for n in range(2, 2 + shapes)]
+
+    given: dict[str, Any] = {"compile": True, "accumulation_steps": 1, "epochs": 1}
+    with pytest.warns(UserWarning, match="had 4 different shapes so far.*Remedy: dynamic=True"):
+        small_trainer(nn.Linear(6, 3), batches(5), **given).train()
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        small_trainer(nn.Linear(6, 3), batches(3), **given).train()

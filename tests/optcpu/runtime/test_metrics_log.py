@@ -3,6 +3,7 @@ from __future__ import annotations
 import csv
 import json
 import math
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -70,3 +71,11 @@ def test_tensorboard_reads_what_is_written(tmp_path: Path) -> None:
     events = accumulator.EventAccumulator(str(tmp_path))
     events.Reload()
     assert [(event.step, event.value) for event in events.Scalars("train/loss")] == [(5, 0.25)]
+
+
+def test_a_folder_that_was_removed_is_made_anew(tmp_path: Path) -> None:
+    log = MetricsLog(tmp_path / "log")
+    log.add("train", 1, 0, {"loss": 0.5})
+    shutil.rmtree(tmp_path / "log")
+    log.add("train", 2, 0, {"loss": 0.25})
+    assert [row["step"] for row in _rows(tmp_path / "log")] == [2]

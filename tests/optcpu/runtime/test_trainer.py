@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -202,3 +203,36 @@ def test_a_label_out_of_range_is_told() -> None:
 def test_nothing_to_validate_on() -> None:
     with pytest.raises(OptcpuError, match="give the trainer validation_data"):
         small_trainer().validate()
+
+
+def test_called_again_it_goes_on() -> None:
+    stopping, whole = small_trainer(callbacks=[_StopsAfter(1)]), small_trainer()
+    assert [stopping.train().steps for _ in range(3)] == [1, 4, 4]
+    whole.train()
+    assert_equal(tensors_of(stopping), tensors_of(whole))
+
+
+class _StopsAfter(Losses):
+    def __init__(self, steps: int) -> None:
+        super().__init__()
+        self._steps = steps
+
+    def on_step_end(self, trainer: Trainer, metrics: dict[str, float]) -> None:
+        super().on_step_end(trainer, metrics)
+        if len(self.losses) == self._steps:
+            trainer.stop()
+
+
+def test_the_number_of_threads_is_put_back() -> None:
+    torch.set_num_threads(1)
+    small_trainer(threads=2).train()
+    assert torch.get_num_threads() == 1
+
+
+def test_processes_that_find_other_checkpoints_are_told(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    trainer = small_trainer(checkpoints=tmp_path)
+    monkeypatch.setattr(trainer._world, "gather", lambda step: [step, 4])
+    with pytest.raises(OptcpuError, match=r"other checkpoints \(of the steps \[None, 4\], by proc"):
+        trainer.train()
