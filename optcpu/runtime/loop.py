@@ -122,6 +122,7 @@ class Loop:
         self._before = before = run.data_state()
         raw = run.feed.take(self._options.accumulation_steps)
         if not raw:
+            self._before = None
             return None
         alone = self._options.local_steps is not None
         return collect(raw, before, self._size_of, _itself if alone else run.world.sum_numbers)

@@ -379,3 +379,24 @@ def test_many_shapes_are_told() -> None:
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         small_trainer(nn.Linear(6, 3), batches(3), **given).train()
+
+
+@pytest.mark.parametrize("station", ["on_epoch_end", "on_validation_end", "on_checkpoint"])
+def test_a_failure_between_epochs_loses_nothing(tmp_path: Path, station: str) -> None:
+    class Failing(Callback):
+        fails = True
+
+    def fail(self: Failing, *_: Any) -> None:
+        if self.fails:
+            self.fails = False
+            raise KeyError("mine")
+
+    setattr(Failing, station, fail)
+    callback = Failing()
+    given: dict[str, Any] = {"validation_data": small_data(6), "checkpoints": tmp_path}
+    with pytest.raises(KeyError):
+        small_trainer(callbacks=[callback], **given).train()
+    resumed, whole = small_trainer(small_model(9), callbacks=[callback], **given), small_trainer()
+    assert resumed.train().steps == 4
+    whole.train()
+    assert_equal(tensors_of(resumed), tensors_of(whole))
