@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, fields
 from typing import Any, TypeVar, overload
 
@@ -193,23 +192,6 @@ def compiled_call(model: nn.Module) -> CompiledCall | None:
     """What calls of ``model`` go through if it is optimized, else None."""
     present = model._compiled_call_impl
     return present if isinstance(present, CompiledCall) else None
-
-
-@contextmanager
-def run_eagerly(model: nn.Module) -> Iterator[None]:
-    """Within the block an optimized model is called as the plain one, with no compilation.
-
-    For inputs of a size that comes once: compiling for it would take longer than it saves.
-    """
-    call = compiled_call(model)
-    if call is None:
-        yield
-        return
-    model._compiled_call_impl = None
-    try:
-        yield
-    finally:
-        model._compiled_call_impl = call
 
 
 class CompiledCall:

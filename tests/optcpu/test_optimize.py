@@ -12,7 +12,7 @@ from torch import Tensor, fx, nn
 from torch.nn import functional
 
 import optcpu
-from optcpu.optimize import compiled_call, run_eagerly
+from optcpu.optimize import compiled_call
 from optcpu.pipeline import resolve_precision
 
 
@@ -271,23 +271,3 @@ def test_activations_are_computed_anew_where_memory_is_short() -> None:
     assert kept[0] > kept[1] > kept[2] == x.nbytes
     with pytest.raises(ValueError, match=r"activation_memory must lie between 0 and 1, not 1.5"):
         optcpu.optimize(blocks(), activation_memory=1.5)
-
-
-def test_what_comes_once_need_not_be_compiled() -> None:
-    model = optcpu.optimize(network(), precision="fp32", dynamic=False)
-    model(torch.randn(5, 12))
-    call = compiled_call(model)
-    assert call is not None
-    compiled = call.record.regions
-    with run_eagerly(model):
-        x = torch.randn(3, 12)
-        gradients(model, x)
-        assert compiled_call(model) is None
-    assert compiled_call(model) is call
-    assert call.record.regions == compiled
-    with pytest.raises(KeyError), run_eagerly(model):
-        raise KeyError
-    assert compiled_call(model) is call
-    plain = network()
-    with run_eagerly(plain):
-        plain(x)
