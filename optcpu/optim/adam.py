@@ -10,9 +10,9 @@ from torch import Tensor
 from torch.optim.optimizer import ParamsT
 
 from optcpu.optim import native
-from optcpu.optim.base import Group, StoredOptimizer
+from optcpu.optim.base import Group, StoredOptimizer, count_step
 from optcpu.optim.formats import Format
-from optcpu.optim.rules import Slot
+from optcpu.optim.rules import Constants, Slot
 
 
 class _AdamUpdate(StoredOptimizer):
@@ -26,26 +26,33 @@ class _AdamUpdate(StoredOptimizer):
     }
 
     def slot(self, group: Group, parameter: Tensor, seed: int) -> Slot:
-        slot = self.new_slot(group, parameter, seed)
-        slot.first = self.moment(slot, parameter, "exp_avg")
-        slot.second = self.moment(slot, parameter, "exp_avg_sq")
+        state = self.state[parameter]
+        slot = self.new_slot(self.shared(_constants, group, count_step(state)), parameter, seed)
+        slot.first = self.moment(slot, state, "exp_avg")
+        slot.second = self.moment(slot, state, "exp_avg_sq")
         if group["amsgrad"]:
-            slot.maximum = self.moment(slot, parameter, "max_exp_avg_sq")
-        lr, decay = float(group["lr"]), float(group["weight_decay"])
-        if group["decoupled_weight_decay"]:
-            slot.shrink = 1 - lr * decay
-        else:
-            slot.coupled_decay = decay
-        step = self.next_step(parameter)
-        slot.beta1, slot.beta2 = map(float, group["betas"])
-        slot.rest1, slot.rest2 = 1 - slot.beta1, 1 - slot.beta2
-        slot.epsilon = group["eps"]
-        slot.step_size = lr / (1 - slot.beta1**step)
-        slot.root_scale = 1 / math.sqrt(1 - slot.beta2**step)
+            slot.maximum = self.moment(slot, state, "max_exp_avg_sq")
         return slot
 
     def update(self, slots: list[Slot]) -> None:
         native.adam(slots)
+
+
+def _constants(group: Group, step: int) -> Constants:
+    lr, decay = float(group["lr"]), float(group["weight_decay"])
+    beta1, beta2 = map(float, group["betas"])
+    decoupled = group["decoupled_weight_decay"]
+    return Constants(
+        shrink=1 - lr * decay if decoupled else 1.0,
+        coupled_decay=0.0 if decoupled else decay,
+        beta1=beta1,
+        beta2=beta2,
+        rest1=1 - beta1,
+        rest2=1 - beta2,
+        epsilon=float(group["eps"]),
+        step_size=lr / (1 - beta1**step),
+        root_scale=1 / math.sqrt(1 - beta2**step),
+    )
 
 
 class Adam(_AdamUpdate, torch.optim.Adam):

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
-from typing import Any, ClassVar
+from typing import Any, ClassVar, NamedTuple
 
 import torch
 from torch import Tensor
@@ -13,15 +13,26 @@ from torch.optim import Optimizer
 from optcpu.errors import OptcpuError
 from optcpu.optim.formats import Format, Stored, mixed
 from optcpu.optim.in_backward import BackwardHooks
-from optcpu.optim.rules import Slot
+from optcpu.optim.rules import Constants, Slot
 from optcpu.optim.weights import StoredWeight
 
 Group = dict[str, Any]
 
+MakeConstants = Callable[..., Constants]
+
+_FLOAT = Format.FLOAT
 _OWN_STATE = "optcpu"
 
 # Moments and slow weights must not be rounded by the same random bits as the weight.
 _MOMENT_BITS, _SLOW_BITS = 0x9E3779B9, 0x3C6EF372
+
+
+class Place(NamedTuple):
+    """A parameter among all; ``number``, counted through the groups, is part of its seed."""
+
+    number: int
+    group: Group
+    parameter: Tensor
 
 
 class StoredOptimizer(Optimizer):
@@ -49,6 +60,9 @@ class StoredOptimizer(Optimizer):
     # Lookahead's slow weights and alpha, in a step that synchronises them.
     _slow_weights: Mapping[Tensor, Tensor] | None = None
     _slow_step: float = 0.0
+
+    # Of the step that is made.
+    _constants: dict[tuple[Any, ...], Constants]
 
     _in_backward: BackwardHooks | None = None
 
@@ -97,7 +111,7 @@ class StoredOptimizer(Optimizer):
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
-        self._update([place for place, (_, p) in enumerate(self._places()) if p.grad is not None])
+        self._update([place for place in self._places() if place.parameter.grad is not None])
         self.steps += 1
         if self._in_backward is not None:
             self._in_backward.begin_step()
@@ -128,10 +142,15 @@ class StoredOptimizer(Optimizer):
                 f"accumulation_steps must be an integer of at least 1, not {accumulation_steps!r}"
             )
         self.update_in_step()
-        parameters = [parameter for _, parameter in self._places()]
-        self._in_backward = BackwardHooks(
-            parameters, lambda place: self._update([place]), accumulation_steps
-        )
+        # Groups are looked up when they are needed, since load_state_dict puts others in their place.
+        group_of = [n for n, group in enumerate(self.param_groups) for _ in group["params"]]
+        parameters = [place.parameter for place in self._places()]
+
+        def update(number: int) -> None:
+            group = self.param_groups[group_of[number]]
+            self._update([Place(number, group, parameters[number])])
+
+        self._in_backward = BackwardHooks(parameters, update, accumulation_steps)
 
     def update_in_step(self) -> None:
         """Undo :meth:`update_in_backward`."""
@@ -139,25 +158,24 @@ class StoredOptimizer(Optimizer):
             self._in_backward.remove()
             self._in_backward = None
 
-    def _places(self) -> list[tuple[Group, Tensor]]:
-        """All parameters with their groups; a parameter's place in the list is part of its seed."""
-        return [(group, parameter) for group in self.param_groups for parameter in group["params"]]
+    def _places(self) -> Iterator[Place]:
+        """All parameters, each with its group."""
+        number = 0
+        for group in self.param_groups:
+            for parameter in group["params"]:
+                yield Place(number, group, parameter)
+                number += 1
 
     @torch.no_grad()
-    def _update(self, places: list[int]) -> None:
+    def _update(self, places: list[Place]) -> None:
         """Update the parameters at ``places`` for the step that comes after ``steps``."""
-        parameters = self._places()
-        chosen = [parameters[place] for place in places]
         if not self.takes_sparse_gradients:
-            _refuse_sparse(parameter for _, parameter in chosen)
-        self.update(
-            [
-                self.slot(group, parameter, mixed(self.seed, self.steps, place))
-                for place, (group, parameter) in zip(places, chosen, strict=True)
-            ]
-        )
+            _refuse_sparse(place.parameter for place in places)
+        self._constants = {}
+        seed = mixed(self.seed, self.steps)
+        self.update([self.slot(p.group, p.parameter, mixed(seed + p.number)) for p in places])
         # The kernel writes past autograd, which must know that saved weights are not what they were.
-        torch.autograd.graph.increment_version([parameter for _, parameter in chosen])
+        torch.autograd.graph.increment_version([place.parameter for place in places])
 
     def update(self, slots: list[Slot]) -> None:
         """Run the rule on the parameters in ``slots``."""
@@ -173,33 +191,39 @@ class StoredOptimizer(Optimizer):
         """
         raise NotImplementedError
 
-    def new_slot(self, group: Group, parameter: Tensor, seed: int) -> Slot:
-        """A slot with the weight, the gradient and the moments that exist in every step."""
+    def new_slot(self, constants: Constants, parameter: Tensor, seed: int) -> Slot:
+        """A slot with the tensors that there are in every step and rule."""
         if isinstance(parameter, StoredWeight):
             weight = parameter.stored(seed)
         else:
-            weight = Stored(Format.FLOAT, parameter.detach(), seed=seed)
-        slot = Slot(
-            weight,
-            _gradient(parameter, weight.data),
-            gradient_scale=-1.0 if group["maximize"] else 1.0,
-        )
+            weight = Stored(_FLOAT, parameter, None, seed)
+        slot = Slot(constants, weight, _gradient(parameter, weight.data))
         if self._slow_weights is not None:
             slot.slow = stored_slow(self._slow_weights[parameter], seed ^ _SLOW_BITS)
-            slot.slow_step = self._slow_step
         return slot
 
-    def moment(self, slot: Slot, parameter: Tensor, name: str) -> Stored:
-        """The moment ``name`` of ``parameter``, zero at first."""
-        state, like = self.state[parameter], slot.weight.data
+    def shared(self, make: MakeConstants, group: Group, *arguments: Any) -> Constants:
+        """``make(group, *arguments)``, made once in a step for all parameters that ask for the same."""
+        key = (id(group), *arguments)
+        constants = self._constants.get(key)
+        if constants is None:
+            constants = self._constants[key] = make(group, *arguments)
+            constants.gradient_scale = -1.0 if group["maximize"] else 1.0
+            constants.slow_step = self._slow_step
+        return constants
+
+    def moment(self, slot: Slot, state: dict[str, Any], name: str) -> Stored:
+        """The moment ``name`` in the ``state`` of a parameter, zero at first."""
+        like = slot.weight.data
         data: Tensor | None = state.get(name)
         if data is None:
             data = state[name] = torch.zeros_like(like, dtype=self.state_dtype)
-        elif data.stride() != like.stride():
+        elif data.stride() != like.stride() or data.numel() != like.numel():
+            _check_shape(name, data, like)
             data = state[name] = torch.empty_like(like, dtype=data.dtype).copy_(data)
         if data.dtype == torch.float32:
-            return Stored(Format.FLOAT, data)
-        return Stored(self.moments[name], data, seed=slot.weight.seed ^ _MOMENT_BITS)
+            return Stored(_FLOAT, data)
+        return Stored(self.moments[name], data, None, slot.weight.seed ^ _MOMENT_BITS)
 
     @contextmanager
     def synchronising(self, slow: Mapping[Tensor, Tensor], alpha: float) -> Iterator[None]:
@@ -213,13 +237,6 @@ class StoredOptimizer(Optimizer):
             yield
         finally:
             self._slow_weights = None
-
-    def next_step(self, parameter: Tensor) -> int:
-        """Count a step of ``parameter``; the first is 1."""
-        state = self.state[parameter]
-        step: int = state.get("step", 0) + 1
-        state["step"] = step
-        return step
 
     def _count_steps_in_integers(self) -> None:
         """PyTorch's optimizers count in tensors, which takes longer than a small update."""
@@ -280,6 +297,13 @@ def _check_parameters(parameters: Iterable[Tensor]) -> None:
             )
 
 
+def count_step(state: dict[str, Any]) -> int:
+    """Count a step in the ``state`` of a parameter; the first is 1."""
+    step: int = state.get("step", 0) + 1
+    state["step"] = step
+    return step
+
+
 def _refuse_sparse(parameters: Iterable[Tensor]) -> None:
     for parameter in parameters:
         if parameter.grad is not None and parameter.grad.layout != torch.strided:
@@ -290,17 +314,28 @@ def _refuse_sparse(parameters: Iterable[Tensor]) -> None:
             )
 
 
+def _check_shape(name: str, data: Tensor, parameter: Tensor) -> None:
+    if data.shape != parameter.shape:
+        raise ValueError(
+            f"the state {name!r} of a parameter of shape {tuple(parameter.shape)} has shape "
+            f"{tuple(data.shape)}: load a checkpoint of this model, or, if the parameter was resized, "
+            "delete optimizer.state[parameter]"
+        )
+
+
 def _gradient(parameter: Tensor, like: Tensor) -> Stored:
     """The gradient of ``parameter``, in the memory order of ``like``."""
     gradient = parameter.grad
     assert gradient is not None
     if gradient.layout != torch.strided:
         gradient = gradient.to_dense()
-    if gradient.dtype not in (torch.float32, torch.bfloat16):
-        gradient = gradient.float()
     if gradient.stride() != like.stride():
         gradient = torch.empty_like(like, dtype=gradient.dtype).copy_(gradient)
-    return Stored(Format.FLOAT if gradient.dtype == torch.float32 else Format.NEAREST, gradient)
+    if gradient.dtype == torch.float32:
+        return Stored(_FLOAT, gradient)
+    if gradient.dtype == torch.bfloat16:
+        return Stored(Format.NEAREST, gradient)
+    return Stored(_FLOAT, gradient.float())
 
 
 def _exported(entry: Any) -> Any:

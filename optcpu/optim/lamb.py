@@ -11,9 +11,9 @@ from torch.optim.optimizer import ParamsT
 
 from optcpu.errors import OptcpuError
 from optcpu.optim import native
-from optcpu.optim.base import Group, StoredOptimizer
+from optcpu.optim.base import Group, StoredOptimizer, count_step
 from optcpu.optim.formats import Format
-from optcpu.optim.rules import Slot
+from optcpu.optim.rules import Constants, Slot
 
 
 class Lamb(StoredOptimizer):
@@ -103,37 +103,49 @@ class Lamb(StoredOptimizer):
         super().update_in_backward(accumulation_steps)
 
     def slot(self, group: Group, parameter: Tensor, seed: int) -> Slot:
-        slot = self.new_slot(group, parameter, seed)
-        slot.first = self.moment(slot, parameter, "exp_avg")
-        slot.second = self.moment(slot, parameter, "exp_avg_sq")
-        step = self.next_step(parameter)
-        slot.beta1, slot.beta2 = map(float, group["betas"])
-        slot.rest1, slot.rest2 = 1 - slot.beta1, 1 - slot.beta2
-        slot.epsilon = group["eps"]
-        slot.step_size = slot.root_scale = 1.0
-        if group["bias_correction"]:
-            slot.step_size = 1 / (1 - slot.beta1**step)
-            slot.root_scale = 1 / math.sqrt(1 - slot.beta2**step)
-        slot.lr = float(group["lr"])
-        if group["exclude_1d"] and parameter.dim() <= 1:
-            return slot
-        limit, decay = group["trust_clip"], group["weight_decay"]
-        slot.ratio_limit = math.inf if limit is None else limit
-        if group["decoupled_decay"]:
-            slot.shrink = 1 - slot.lr * decay
-        else:
-            slot.update_decay = decay
+        state = self.state[parameter]
+        excluded = group["exclude_1d"] and parameter.dim() <= 1
+        constants = self.shared(_constants, group, count_step(state), excluded)
+        slot = self.new_slot(constants, parameter, seed)
+        slot.first = self.moment(slot, state, "exp_avg")
+        slot.second = self.moment(slot, state, "exp_avg_sq")
         return slot
 
     def update(self, slots: list[Slot]) -> None:
         if self.max_grad_norm is not None:
             norm = math.sqrt(native.gradient_squares(slots))
-            for slot in slots:
-                slot.gradient_scale *= min(1.0, self.max_grad_norm / norm) if norm else 1.0
+            for constants in {id(slot.constants): slot.constants for slot in slots}.values():
+                constants.gradient_scale *= min(1.0, self.max_grad_norm / norm) if norm else 1.0
         native.lamb(slots)
 
     def __getstate__(self) -> dict[str, Any]:
         return {**super().__getstate__(), "max_grad_norm": self.max_grad_norm}
+
+
+def _constants(group: Group, step: int, excluded: bool) -> Constants:
+    lr, decay = float(group["lr"]), float(group["weight_decay"])
+    beta1, beta2 = map(float, group["betas"])
+    constants = Constants(
+        beta1=beta1,
+        beta2=beta2,
+        rest1=1 - beta1,
+        rest2=1 - beta2,
+        epsilon=float(group["eps"]),
+        lr=lr,
+        step_size=1.0,
+    )
+    if group["bias_correction"]:
+        constants.step_size = 1 / (1 - beta1**step)
+        constants.root_scale = 1 / math.sqrt(1 - beta2**step)
+    if excluded:
+        return constants
+    limit = group["trust_clip"]
+    constants.ratio_limit = math.inf if limit is None else float(limit)
+    if group["decoupled_decay"]:
+        constants.shrink = 1 - lr * decay
+    else:
+        constants.update_decay = decay
+    return constants
 
 
 def _check_options(group: Group) -> None:

@@ -6,7 +6,7 @@ import ctypes
 import functools
 import struct
 from collections.abc import Sequence
-from itertools import chain
+from dataclasses import fields
 from operator import attrgetter
 from pathlib import Path
 
@@ -15,7 +15,7 @@ from torch import Tensor
 
 from optcpu.optim import rules
 from optcpu.optim.formats import Stored
-from optcpu.optim.rules import Slot
+from optcpu.optim.rules import Constants, Slot
 from passes.build import load
 
 
@@ -79,10 +79,9 @@ def _sorted(slots: Sequence[Slot]) -> tuple[list[Slot], list[Slot]]:
 
 def _is_in_one_order(slot: Slot) -> bool:
     """Whether all tensors of ``slot`` lie in memory in the same order, without gaps."""
-    strides = slot.weight.data.stride()
-    return is_dense(slot.weight.data) and all(
-        stored.data.stride() == strides for stored in _tensors_of(slot) if stored is not None
-    )
+    # Gradient and moments have been brought into the order of the weight, if it has one.
+    weight, slow = slot.weight.data, slot.slow
+    return is_dense(weight) and (slow is None or slow.data.stride() == weight.stride())
 
 
 def is_dense(tensor: Tensor) -> bool:
@@ -93,41 +92,35 @@ def is_dense(tensor: Tensor) -> bool:
     return torch.empty_like(tensor, device="meta").stride() == tensor.stride()
 
 
-_TENSORS = ("weight", "gradient", "first", "second", "maximum", "slow")
-_CONSTANTS = (
-    "gradient_scale",
-    "coupled_decay",
-    "shrink",
-    "update_decay",
-    "beta1",
-    "beta2",
-    "rest1",
-    "rest2",
-    "epsilon",
-    "lr",
-    "step_size",
-    "root_scale",
-    "ratio_limit",
-    "slow_step",
-)
-# The C structures Stored and Parameter; 0q pads as C does.
-_STORED = "PPiI"
-_PARAMETER = struct.Struct(f"@{_STORED * len(_TENSORS)}q{len(_CONSTANTS)}fi0q")
-_NO_TENSOR = (0, 0, 0, 0)
-_tensors_of, _constants_of = attrgetter(*_TENSORS), attrgetter(*_CONSTANTS)
+# The C structures Stored and Parameter: its tensors and size, then its constants; 0q pads as C does.
+_STORED, _NO_TENSOR = "PPiI", (0, 0, 0, 0)
+_TENSORS = struct.Struct(f"@{_STORED * 6}q")
+_NAMES = [field.name for field in fields(Constants)]
+_CONSTANTS = struct.Struct(f"@{len(_NAMES) - 1}fi0q")
+_values_of = attrgetter(*_NAMES)
 
 
 def _described(slots: Sequence[Slot]) -> bytes:
     """``slots`` as the kernel reads them; they must outlive it."""
-    return b"".join(
-        _PARAMETER.pack(
-            *chain.from_iterable(map(_stored, _tensors_of(slot))),
-            slot.weight.data.numel(),
-            *_constants_of(slot),
-            slot.nesterov,
+    parts: list[bytes] = []
+    last, constants = None, b""
+    for slot in slots:
+        if slot.constants is not last:
+            last = slot.constants
+            constants = _CONSTANTS.pack(*_values_of(last))
+        parts.append(
+            _TENSORS.pack(
+                *_stored(slot.weight),
+                *_stored(slot.gradient),
+                *_stored(slot.first),
+                *_stored(slot.second),
+                *_stored(slot.maximum),
+                *_stored(slot.slow),
+                slot.weight.data.numel(),
+            )
         )
-        for slot in slots
-    )
+        parts.append(constants)
+    return b"".join(parts)
 
 
 def _stored(stored: Stored | None) -> tuple[int, int, int, int]:

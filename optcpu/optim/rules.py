@@ -19,13 +19,10 @@ from optcpu.optim.formats import Stored
 
 
 @dataclass(slots=True)
-class Slot:
-    """One parameter in one step, with all that its rule needs.
+class Constants:
+    """What a rule needs besides tensors, for all parameters that it is the same for.
 
     Attributes:
-        weight, gradient: of the parameter.
-        first, second, maximum: moments, where the rule has them.
-        slow: Lookahead's slow weights, in the step that synchronises them.
         gradient_scale: what gradients are multiplied by: for clipping; negative to maximise.
         coupled_decay: times the weight, added to the gradient (L2 regularisation).
         shrink: what weights are multiplied by first (decoupled decay); not by SGD.
@@ -41,12 +38,6 @@ class Slot:
         nesterov: SGD: whether to look ahead along the momentum.
     """
 
-    weight: Stored
-    gradient: Stored
-    first: Stored | None = None
-    second: Stored | None = None
-    maximum: Stored | None = None
-    slow: Stored | None = None
     gradient_scale: float = 1.0
     coupled_decay: float = 0.0
     shrink: float = 1.0
@@ -64,45 +55,68 @@ class Slot:
     nesterov: bool = False
 
 
+@dataclass(slots=True)
+class Slot:
+    """One parameter in one step, with all that its rule needs.
+
+    Attributes:
+        constants: of the rule.
+        weight, gradient: of the parameter.
+        first, second, maximum: moments, where the rule has them.
+        slow: Lookahead's slow weights, in the step that synchronises them.
+    """
+
+    constants: Constants
+    weight: Stored
+    gradient: Stored
+    first: Stored | None = None
+    second: Stored | None = None
+    maximum: Stored | None = None
+    slow: Stored | None = None
+
+
 def adam(slot: Slot) -> None:
     """Adam (arXiv 1412.6980), AdamW (1711.05101) and AMSGrad (Reddi et al. 2018), as PyTorch has them."""
+    constants = slot.constants
     weight = slot.weight.read()
     first, second = _updated_moments(slot, _scaled_gradient(slot, weight))
     if slot.maximum is not None:
         second = torch.maximum(slot.maximum.read(), second)
         slot.maximum.write(second)
-    denominator = second.sqrt() * slot.root_scale + slot.epsilon
-    _store_weight(slot, weight * slot.shrink - slot.step_size * first / denominator)
+    denominator = second.sqrt() * constants.root_scale + constants.epsilon
+    _store_weight(slot, weight * constants.shrink - constants.step_size * first / denominator)
 
 
 def sgd(slot: Slot) -> None:
     """Gradient descent with momentum and Nesterov's variant (Sutskever et al. 2013), as PyTorch has it."""
+    constants = slot.constants
     weight = slot.weight.read()
     direction = gradient = _scaled_gradient(slot, weight)
     if slot.first is not None:
-        direction = slot.beta1 * slot.first.read() + slot.rest1 * gradient
+        direction = constants.beta1 * slot.first.read() + constants.rest1 * gradient
         slot.first.write(direction)
-        if slot.nesterov:
-            direction = gradient + slot.beta1 * direction
-    _store_weight(slot, weight - slot.step_size * direction)
+        if constants.nesterov:
+            direction = gradient + constants.beta1 * direction
+    _store_weight(slot, weight - constants.step_size * direction)
 
 
 def lamb(slot: Slot) -> None:
     """LAMB (arXiv 1904.00962, algorithm 2)."""
+    constants = slot.constants
     weight = slot.weight.read()
     _updated_moments(slot, _scaled_gradient(slot, weight))
-    weight = weight * slot.shrink
+    weight = weight * constants.shrink
     assert slot.first is not None
     assert slot.second is not None
     first, second = slot.first.read(), slot.second.read()  # as they were rounded
-    denominator = second.sqrt() * slot.root_scale + slot.epsilon
-    update = slot.step_size * first / denominator + slot.update_decay * weight
+    denominator = second.sqrt() * constants.root_scale + constants.epsilon
+    update = constants.step_size * first / denominator + constants.update_decay * weight
     ratio = 1.0
-    if slot.ratio_limit >= 0:
+    if constants.ratio_limit >= 0:
         norms = math.sqrt(sum_of_squares(weight)), math.sqrt(sum_of_squares(update))
         if min(norms) > 0:
-            ratio = min(norms[0] / norms[1], slot.ratio_limit)
-    _store_weight(slot, weight - slot.lr * ratio * update)
+            ratio = min(norms[0] / norms[1], constants.ratio_limit)
+    _store_weight(slot, weight - constants.lr * ratio * update)
 
 
 def sum_of_squares(numbers: Tensor) -> float:
@@ -116,16 +130,18 @@ def gradient_squares(slots: Sequence[Slot]) -> float:
 
 
 def _scaled_gradient(slot: Slot, weight: Tensor) -> Tensor:
-    gradient = slot.gradient.read() * slot.gradient_scale
-    return gradient + slot.coupled_decay * weight if slot.coupled_decay else gradient
+    constants = slot.constants
+    gradient = slot.gradient.read() * constants.gradient_scale
+    return gradient + constants.coupled_decay * weight if constants.coupled_decay else gradient
 
 
 def _updated_moments(slot: Slot, gradient: Tensor) -> tuple[Tensor, Tensor]:
     assert slot.first is not None
     assert slot.second is not None
+    constants = slot.constants
     first, second = slot.first.read(), slot.second.read()
-    first = first + (gradient - first) * slot.rest1
-    second = second * slot.beta2 + gradient * gradient * slot.rest2
+    first = first + (gradient - first) * constants.rest1
+    second = second * constants.beta2 + gradient * gradient * constants.rest2
     slot.first.write(first)
     slot.second.write(second)
     return first, second
@@ -134,6 +150,6 @@ def _updated_moments(slot: Slot, gradient: Tensor) -> tuple[Tensor, Tensor]:
 def _store_weight(slot: Slot, weight: Tensor) -> None:
     if slot.slow is not None:
         slow = slot.slow.read()
-        weight = slow + slot.slow_step * (weight - slow)
+        weight = slow + slot.constants.slow_step * (weight - slow)
         slot.slow.write(weight)
     slot.weight.write(weight)

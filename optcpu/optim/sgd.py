@@ -11,7 +11,7 @@ from torch.optim.optimizer import ParamsT
 from optcpu.optim import native
 from optcpu.optim.base import Group, StoredOptimizer
 from optcpu.optim.formats import Format
-from optcpu.optim.rules import Slot
+from optcpu.optim.rules import Constants, Slot
 
 
 class SGD(StoredOptimizer, torch.optim.SGD):
@@ -46,17 +46,23 @@ class SGD(StoredOptimizer, torch.optim.SGD):
         self.keep_state_in(state_dtype, seed)
 
     def slot(self, group: Group, parameter: Tensor, seed: int) -> Slot:
-        slot = self.new_slot(group, parameter, seed)
-        slot.step_size = float(group["lr"])
-        slot.coupled_decay = float(group["weight_decay"])
-        slot.nesterov = group["nesterov"]
+        state = self.state[parameter] if group["momentum"] else {}
+        is_first = state.get("momentum_buffer") is None
+        slot = self.new_slot(self.shared(_constants, group, is_first), parameter, seed)
         if group["momentum"]:
-            is_first = self.state[parameter].get("momentum_buffer") is None
-            slot.first = self.moment(slot, parameter, "momentum_buffer")
-            slot.beta1 = group["momentum"]
-            # The first gradient is the momentum, undampened.
-            slot.rest1 = 1.0 if is_first else 1 - group["dampening"]
+            slot.first = self.moment(slot, state, "momentum_buffer")
         return slot
 
     def update(self, slots: list[Slot]) -> None:
         native.sgd(slots)
+
+
+def _constants(group: Group, is_first: bool) -> Constants:
+    return Constants(
+        coupled_decay=float(group["weight_decay"]),
+        beta1=float(group["momentum"]),
+        # The first gradient is the momentum, undampened.
+        rest1=1.0 if is_first else 1 - float(group["dampening"]),
+        step_size=float(group["lr"]),
+        nesterov=bool(group["nesterov"]),
+    )

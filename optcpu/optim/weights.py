@@ -96,10 +96,11 @@ class StoredWeight(Tensor):
     __torch_function__ = torch._C._disabled_torch_function_impl  # type: ignore[assignment]
 
     @classmethod
-    @torch._disable_dynamo  # where a module runs eagerly Dynamo looks into what it calls
+    @torch._disable_dynamo  # type: ignore[attr-defined]
     def __torch_dispatch__(  # type: ignore[override]
         cls, function: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
     ) -> Any:
+        # Dynamo is off, since it looks into all that is called where a module is run eagerly.
         kwargs = kwargs or {}
         first = args[0] if args else None
         if _is_composite(function):  # these come whole in inference mode alone

@@ -130,6 +130,18 @@ def test_bias_corrections_count_each_parameters_own_steps() -> None:
     assert math.isclose(late[0].item(), 0.9, rel_tol=1e-5)
 
 
+def test_state_of_another_shape_is_refused() -> None:
+    saved = AdamW([nn.Parameter(torch.ones(4))])
+    saved.param_groups[0]["params"][0].grad = torch.ones(4)
+    saved.step()
+    parameter = nn.Parameter(torch.ones(40_000))
+    optimizer = AdamW([parameter])
+    optimizer.load_state_dict(saved.state_dict())
+    parameter.grad = torch.ones(40_000)
+    with pytest.raises(ValueError, match=r"'exp_avg' of .* shape \(40000,\) has shape \(4,\)"):
+        optimizer.step()
+
+
 @pytest.mark.parametrize(
     ("options", "message"),
     [

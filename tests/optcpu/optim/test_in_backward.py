@@ -131,3 +131,15 @@ def test_autograd_knows_that_weights_have_changed() -> None:
     optimizer.step()
     with pytest.raises(RuntimeError, match="modified by an inplace operation"):
         loss.backward()
+
+
+def test_options_of_a_checkpoint_count() -> None:
+    model = network()
+    optimizer = SGD(model.parameters(), lr=0.1)
+    optimizer.update_in_backward()
+    saved = optimizer.state_dict()
+    saved["param_groups"][0]["lr"] = 0.0
+    optimizer.load_state_dict(saved)
+    before = copy.deepcopy(model.state_dict())
+    model(inputs(0)).sum().backward()
+    assert all(torch.equal(before[name], tensor) for name, tensor in model.state_dict().items())
