@@ -15,7 +15,7 @@ from torch.nn import functional
 import optcpu
 from optcpu.data import digits
 
-SEEDS, STEPS = 3, 600
+SEEDS, STEPS = 2, 400
 train, test = digits().train, digits().test
 
 
