@@ -8,9 +8,9 @@ import torch
 from torch import nn
 from torch.optim import Optimizer
 
-from optcpu.errors import warn
+from optcpu.errors import OptcpuError, warn
 from optcpu.optim.base import StoredOptimizer
-from optcpu.optim.convert import convert
+from optcpu.optim.convert import convert, why_not
 from optcpu.optim.formats import Format
 from optcpu.optim.lookahead import Lookahead
 from optcpu.optim.weights import StoredWeight, store_weights
@@ -60,8 +60,12 @@ def take_over(
 
     Returns:
         Whether a weight of ``model`` is stored in another way than before.
+
+    Raises:
+        OptcpuError: the weights are stored in yet another way, or in one that ``optimizer`` cannot update.
     """
     inner = optimizer.optimizer if isinstance(optimizer, Lookahead) else optimizer
+    _check_storage(model, inner, weights)
     if weights == "fp32" and state_dtype == torch.float32:
         if not isinstance(inner, StoredOptimizer):
             use_fused_update(inner)  # PyTorch's own kernel has nothing left to gain
@@ -87,6 +91,25 @@ def take_over(
             "optcpu.optimize before the model is run or wrapped"
         )
     return _plain_weights(model) != plain
+
+
+def _check_storage(model: nn.Module, optimizer: Optimizer, weights: Weights) -> None:
+    remedy = "call optcpu.restore(model) before optimizing it anew"
+    plain_alone = why_not(optimizer) is not None
+    updated = {id(p) for group in optimizer.param_groups for p in group["params"]}
+    for name, parameter in model.named_parameters():
+        if not isinstance(parameter, StoredWeight):
+            continue
+        present = next(k for k, v in _FORMATS.items() if v == parameter.stored().format)
+        if present != weights:
+            raise OptcpuError(
+                f"weight {name!r} is stored as {present!r}, not {weights!r}: {remedy}"
+            )
+        if plain_alone and id(parameter) in updated:
+            raise OptcpuError(
+                f"weight {name!r} is stored as {present!r} for another optimizer, and "
+                f"{type(optimizer).__name__} updates plain weights alone: {remedy}"
+            )
 
 
 def _plain_weights(model: nn.Module) -> int:

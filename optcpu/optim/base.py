@@ -252,19 +252,13 @@ class StoredOptimizer(Optimizer):
 
     def state_dict(self) -> dict[str, Any]:
         """As in PyTorch, with FP32 moments and an entry ``"optcpu"`` that PyTorch passes over."""
-        result = super().state_dict()
-        result["state"] = {
-            key: {name: _exported(entry) for name, entry in state.items()}
-            for key, state in result["state"].items()
-        }
-        result[_OWN_STATE] = {"seed": self.seed, "steps": self.steps}
-        return result
+        with self.register_state_dict_post_hook(_export, prepend=True):  # in front of the user's
+            return super().state_dict()
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """As in PyTorch; takes the checkpoints of the PyTorch optimizer, too."""
-        super().load_state_dict(state_dict)
-        own = state_dict.get(_OWN_STATE, {})
-        self.seed, self.steps = own.get("seed", self.seed), own.get("steps", self.steps)
+        with self.register_load_state_dict_pre_hook(_take_own_state):  # behind the user's
+            super().load_state_dict(state_dict)
         self._convert_state()
 
     def __setstate__(self, state: dict[str, Any]) -> None:
@@ -336,6 +330,26 @@ def _gradient(parameter: Tensor, like: Tensor) -> Stored:
     if gradient.dtype == torch.bfloat16:
         return Stored(Format.NEAREST, gradient)
     return Stored(_FLOAT, gradient.float())
+
+
+def _export(optimizer: Optimizer, state_dict: dict[str, Any]) -> dict[str, Any]:
+    """A ``state_dict()`` as PyTorch's optimizers give it, with where the random numbers stand."""
+    assert isinstance(optimizer, StoredOptimizer)
+    state = {
+        key: {name: _exported(entry) for name, entry in entries.items()}
+        for key, entries in state_dict["state"].items()
+    }
+    return {
+        **state_dict,
+        "state": state,
+        _OWN_STATE: {"seed": optimizer.seed, "steps": optimizer.steps},
+    }
+
+
+def _take_own_state(optimizer: Optimizer, state_dict: dict[str, Any]) -> None:
+    own = state_dict.get(_OWN_STATE, {})
+    for name in ("seed", "steps"):
+        setattr(optimizer, name, own.get(name, getattr(optimizer, name)))
 
 
 def _exported(entry: Any) -> Any:

@@ -25,28 +25,37 @@ def convert(optimizer: Optimizer, state_dtype: torch.dtype, seed: int = 0) -> st
     Hyper-parameters, groups, state, hooks and attached schedulers stay what they are.
 
     Args:
-        optimizer: of PyTorch: ``Adam``, ``AdamW`` or ``SGD``.
+        optimizer: of PyTorch: ``Adam``, ``AdamW`` or ``SGD``; one of :mod:`optcpu.optim` is left alone.
         state_dtype: of its moments from now on, those it has included.
         seed: of the random bits of stochastic rounding.
 
     Returns:
         None, or why the optimizer was left as it is.
     """
-    counterpart = _COUNTERPARTS.get(type(optimizer))
-    if counterpart is None:
-        return "optcpu has no update of its own for it"
-    for group in optimizer.param_groups:
-        if group["differentiable"]:
-            return "differentiable=True needs PyTorch's own update"
-        if not all(fits(parameter) for parameter in group["params"]):
-            return "it holds parameters that are not FP32 on the CPU"
-    optimizer.__class__ = counterpart
+    reason = why_not(optimizer)
+    if reason is not None or isinstance(optimizer, StoredOptimizer):
+        return reason
+    optimizer.__class__ = _COUNTERPARTS[type(optimizer)]
     assert isinstance(optimizer, StoredOptimizer)
     optimizer.keep_state_in(state_dtype, seed)
     optimizer._patch_step_function()
     # PyTorch's fused kernel unscales gradients itself; from now on GradScaler has to.
     optimizer._step_supports_amp_scaling = False  # type: ignore[attr-defined]
     _rebind_step(optimizer)
+    return None
+
+
+def why_not(optimizer: Optimizer) -> str | None:
+    """Why ``optimizer`` has to be left as it is; None for one that can be converted, or has been."""
+    if isinstance(optimizer, StoredOptimizer):
+        return None
+    if type(optimizer) not in _COUNTERPARTS:
+        return "optcpu has no update of its own for it"
+    for group in optimizer.param_groups:
+        if group["differentiable"]:
+            return "differentiable=True needs PyTorch's own update"
+        if not all(fits(parameter) for parameter in group["params"]):
+            return "it holds parameters that are not FP32 on the CPU"
     return None
 
 

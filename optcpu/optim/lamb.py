@@ -118,6 +118,12 @@ class Lamb(StoredOptimizer):
                 constants.gradient_scale *= min(1.0, self.max_grad_norm / norm) if norm else 1.0
         native.lamb(slots)
 
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__(state)
+        for group in self.param_groups:  # a checkpoint of Adam knows some of the options only
+            for name, value in self.defaults.items():
+                group.setdefault(name, value)
+
     def __getstate__(self) -> dict[str, Any]:
         return {**super().__getstate__(), "max_grad_norm": self.max_grad_norm}
 

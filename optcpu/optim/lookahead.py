@@ -107,15 +107,19 @@ class Lookahead(Optimizer):
         Args:
             closure: handed to the inner optimizer; what it returns is returned.
         """
-        self.steps += 1
-        if self.steps % self.k:
-            return self.optimizer.step(closure)  # type: ignore[arg-type]
+        if (self.steps + 1) % self.k:
+            loss = self.optimizer.step(closure)  # type: ignore[arg-type]
+            self.steps += 1
+            return loss
+        self._remember_new_parameters()
         if isinstance(self.optimizer, StoredOptimizer) and self.average is None:
             with self.optimizer.synchronising(self._slow, self.alpha):
                 loss = self.optimizer.step(closure)
+            self.steps += 1
             self._synchronise({p: slow for p, slow in self._slow.items() if p.grad is None})
         else:
             loss = self.optimizer.step(closure)  # type: ignore[arg-type]
+            self.steps += 1
             if self.average is not None:
                 self.average(list(self._slow))
             self._synchronise(self._slow)
@@ -152,8 +156,9 @@ class Lookahead(Optimizer):
         """Within the block the parameters are the slow weights, for evaluation; then what they were.
 
         Raises:
-            OptcpuError: a step is made, or the block entered anew, within it.
+            OptcpuError: a step is made within the block.
         """
+        self._remember_new_parameters()
         fast = {p: _halves(p) for p in self._slow}
         for parameter, slow in self._slow.items():
             parameter.copy_(slow.float())
@@ -175,6 +180,7 @@ class Lookahead(Optimizer):
         It holds the options, how many steps were made, and the slow weights (and momenta for
         ``pullback="pullback"``) in FP32 by (group, index in the group).
         """
+        self._remember_new_parameters()
         own = {
             "k": self.k,
             "alpha": self.alpha,
@@ -198,6 +204,7 @@ class Lookahead(Optimizer):
             ValueError: the slow weights do not fit the parameters.
         """
         own = state_dict.get(_OWN_STATE)
+        self._remember_new_parameters()
         if own is not None:
             self._check_fit(own["slow"])
         self.optimizer.load_state_dict(
@@ -234,6 +241,7 @@ class Lookahead(Optimizer):
                 yield (number, index), parameter
 
     def _remember_new_parameters(self) -> None:
+        """Those that the inner optimizer was given by itself begin where they are now."""
         for _, parameter in self._places():
             if parameter not in self._slow:
                 self._slow[parameter] = parameter.detach().to(self.slow_dtype, copy=True)

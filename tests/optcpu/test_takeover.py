@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 import optcpu
+from optcpu.errors import OptcpuError
 from optcpu.optim import SGD, AdamW, Lamb, Lookahead
 from optcpu.optim.base import StoredOptimizer
 from optcpu.optim.weights import StoredWeight
@@ -99,6 +100,77 @@ def test_calling_it_twice_changes_nothing() -> None:
     optcpu.optimize(model, optimizer, precision="bf16")
     assert isinstance(optimizer, SGD)
     assert ([id(p) for p in model.parameters()], optimizer.state_dtype) == before
+
+
+def test_weights_are_stored_in_one_way() -> None:
+    model = network()
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    optcpu.optimize(model, optimizer, precision="bf16", weights="bf16")
+    with pytest.raises(
+        OptcpuError, match=r"'0.weight' is stored as 'bf16', not 'split': call .*restore"
+    ):
+        optcpu.optimize(model, optimizer, precision="bf16", weights="split")
+    other = torch.optim.Adagrad(model.parameters())
+    with pytest.raises(OptcpuError, match=r"for another optimizer, and Adagrad updates plain"):
+        optcpu.optimize(model, other, precision="bf16", weights="bf16")
+    optcpu.restore(model)
+    optcpu.optimize(model, optimizer, precision="bf16", weights="split")
+    weight = model[0].weight
+    assert isinstance(weight, StoredWeight)
+    assert weight.low is not None
+
+
+def test_two_optimizers_for_one_model() -> None:
+    model = network()
+    optimizers = [
+        torch.optim.AdamW(model[0].parameters(), lr=1e-2),
+        torch.optim.SGD(model[2:].parameters(), lr=1e-2),
+    ]
+    for optimizer in optimizers:
+        optcpu.optimize(model, optimizer, precision="bf16")
+    assert stored(model) == ["0.weight", "2.weight", "4.weight"]
+    x, y = batches(1)[0]
+    losses = []
+    for _ in range(10):
+        model.zero_grad()
+        loss = F.cross_entropy(model(x), y)
+        loss.backward()
+        for optimizer in optimizers:
+            optimizer.step()
+        losses.append(loss.item())
+    assert losses[-1] < losses[0]
+
+
+def test_weights_that_a_loss_still_refers_to_are_told() -> None:
+    model = network()
+    loss = model(batches(1)[0][0]).sum()
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    with pytest.warns(UserWarning, match=r"3 weights stay FP32 \(0.weight is the first\).*a loss"):
+        optcpu.optimize(model, optimizer, precision="bf16")
+    assert stored(model) == []
+    loss.backward()
+
+
+def test_moving_a_model_that_has_run() -> None:
+    model = network()
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    optcpu.optimize(model, optimizer, precision="bf16")
+    train(model, optimizer, batches(1))
+    before = model.state_dict()
+    model.to("cpu").float()
+    assert stored(model) == ["0.weight", "2.weight", "4.weight"]
+    assert all(torch.equal(before[name], tensor) for name, tensor in model.state_dict().items())
+    train(model, optimizer, batches(1))
+
+
+def test_evaluation_in_inference_mode() -> None:
+    model = network()
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    optcpu.optimize(model, optimizer, precision="bf16")
+    x = batches(1)[0][0]
+    with torch.inference_mode():
+        result = model(x)
+    torch.testing.assert_close(result, optcpu.restore(model)(x), rtol=0.02, atol=0.02)
 
 
 def test_the_optimizer_may_come_later() -> None:

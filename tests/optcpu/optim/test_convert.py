@@ -86,6 +86,26 @@ def test_hooks_go_on() -> None:
     assert calls == ["before", "after"]
 
 
+def test_hooks_of_checkpoints_see_them_whole() -> None:
+    weight = nn.Parameter(torch.ones(3))
+    optimizer = torch.optim.AdamW([weight])
+    convert(optimizer, torch.bfloat16)
+    weight.grad = torch.ones(3)
+    optimizer.step()
+
+    def packed(_: object, saved: dict[str, Any]) -> dict[str, Any]:
+        assert saved["state"][0]["exp_avg"].dtype == torch.float32
+        return {"packed": saved}
+
+    optimizer.register_state_dict_post_hook(packed)
+    optimizer.register_load_state_dict_pre_hook(lambda _, saved: saved["packed"])
+    saved = optimizer.state_dict()
+    assert set(saved) == {"packed"}
+    optimizer.step()
+    optimizer.load_state_dict(saved)
+    assert optimizer.steps == 1  # type: ignore[attr-defined]
+
+
 def test_grad_scaler_unscales_itself() -> None:
     weight = nn.Parameter(torch.ones(3))
     optimizer = torch.optim.SGD([weight], lr=1.0, fused=True)

@@ -252,6 +252,21 @@ def test_bad_options(options: dict[str, Any], message: str) -> None:
         Lamb([nn.Parameter(torch.ones(2))], **options)
 
 
+def test_a_checkpoint_of_adamw_is_taken() -> None:
+    mine, yours = twins()
+    reference = torch.optim.AdamW(yours, lr=0.125)
+    give_gradients(mine, yours, seed=0)
+    reference.step()
+    optimizer = Lamb(mine, trust_clip=3.0)
+    optimizer.load_state_dict(reference.state_dict())
+    optimizer.step()
+    assert optimizer.state[mine[0]]["step"] == 2
+    assert (optimizer.param_groups[0]["lr"], optimizer.param_groups[0]["trust_clip"]) == (
+        0.125,
+        3.0,
+    )
+
+
 def test_other_dtypes_are_refused() -> None:
     with pytest.raises(ValueError, match=r"shape \(2,\) is torch.float64 on cpu.*model.float"):
         Lamb([nn.Parameter(torch.ones(2, dtype=torch.float64))])

@@ -204,6 +204,40 @@ def test_schedulers_closures_groups_and_hooks() -> None:
     assert (added < 1).all()
 
 
+def test_parameters_that_the_inner_optimizer_was_given() -> None:
+    weight, added = nn.Parameter(torch.ones(2)), nn.Parameter(torch.ones(2))
+    optimizer = Lookahead(SGD([weight], lr=1.0), k=2, alpha=0.5)
+    weight.grad = torch.ones(2)
+    optimizer.step()
+    optimizer.optimizer.add_param_group({"params": [added]})
+    weight.grad = added.grad = torch.ones(2)
+    optimizer.step()
+    assert weight.tolist() == [0.0, 0.0]
+    assert added.tolist() == [0.5, 0.5]
+
+
+def test_a_step_that_fails_is_not_counted() -> None:
+    optimizer = Lookahead(SGD([nn.Parameter(torch.ones(2))]), k=2)
+
+    def closure() -> None:
+        raise KeyError
+
+    with pytest.raises(KeyError):
+        optimizer.step(closure)
+    assert optimizer.steps == 0
+
+
+def test_slow_weights_within_slow_weights() -> None:
+    mine = parameters()
+    optimizer = Lookahead(AdamW(mine), k=5)
+    give_gradients(mine, seed=0)
+    optimizer.step()
+    fast = [p.detach().clone() for p in mine]
+    with optimizer.slow_weights(), optimizer.slow_weights():
+        pass
+    assert all(torch.equal(a, b) for a, b in zip(mine, fast, strict=True))
+
+
 def test_copies_and_pickles() -> None:
     mine = parameters()
     optimizer = Lookahead(AdamW(mine), k=2)
