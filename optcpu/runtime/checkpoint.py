@@ -173,7 +173,7 @@ class CheckpointFolder:
         """
         try:
             step = json.loads((self.path / _BEST).read_bytes())["step"]
-            path = self._path_of(step)
+            path = self.path_of(step)
         except (FileNotFoundError, NotADirectoryError):
             return None
         except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
@@ -183,7 +183,8 @@ class CheckpointFolder:
             ) from error
         return path if path.is_dir() else None
 
-    def _path_of(self, step: int) -> Path:
+    def path_of(self, step: int) -> Path:
+        """Where the checkpoint of a step is, or would be."""
         return self.path / f"step-{step:08d}"
 
     @contextmanager
@@ -206,7 +207,7 @@ class CheckpointFolder:
                 _delete(self.path / name)
 
     def _publish(self, contents: Contents, step: int) -> Path:
-        target = self._path_of(step)
+        target = self.path_of(step)
         new, old = _hidden(target, "new"), _hidden(target, "old")
         # The time tells the order even if a manifest cannot be read; the numbers, if the clock is put back.
         number = max(time.time_ns(), 1 + max((n for n, _ in _numbered(self.path)), default=0))

@@ -218,7 +218,9 @@ class Loop:
             self._display.message(f"{where}: the step is skipped")
             return
         assert self._folder is not None
-        checkpoint = self._folder.load()
+        # Where a stop has left a newer one, it is not what a run without the stop goes back to.
+        path = self._folder.path_of(position.regular_save)
+        checkpoint = self._folder.load(path if path.exists() else None)
         assert checkpoint is not None
         rates = [group["lr"] for group in run.optimizer.param_groups]
         run.load_weights(checkpoint.state)
@@ -300,11 +302,13 @@ class Loop:
     def _save_if_due(self) -> None:
         if self._folder is None or not self._changed:
             return
-        position = self._run.position
-        every = self._checkpoint_interval
-        on_time = position.epoch_ended if every is None else position.step % every == 0
-        if (on_time and position.step != self._saved) or self._found_better or self._ended():
+        on_time = self._is_time_to_save() and self._run.position.step != self._saved
+        if on_time or self._found_better or self._ended():
             self._save("on time")
+
+    def _is_time_to_save(self) -> bool:
+        every, position = self._checkpoint_interval, self._run.position
+        return position.epoch_ended if every is None else position.step % every == 0
 
     @property
     def _checkpoint_interval(self) -> int | None:
@@ -330,6 +334,8 @@ class Loop:
             if not alone:
                 self._runner.meet()
             self._refuse_broken_weights()
+            if why in ("on time", "first") or self._is_time_to_save():
+                position.regular_save = position.step
             state = run.state_dict(alone=alone)
             if run.world.first:
                 path = self._folder.save(state, position.step, best=self._found_better)

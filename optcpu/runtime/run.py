@@ -43,6 +43,7 @@ class Position:
         metrics: what that validation gave.
         best: the best value of the metric that decides which checkpoint is kept.
         bad_steps: how many steps in a row were bad.
+        regular_save: the step of the last checkpoint that a run without interruption has, too.
         stop_reason: why the run has ended before its time.
         losses: of the steps since the last row of the log.
     """
@@ -55,6 +56,7 @@ class Position:
     metrics: dict[str, float] = field(default_factory=dict)
     best: float | None = None
     bad_steps: int = 0
+    regular_save: int = -1
     stop_reason: str | None = None
     losses: list[float] = field(default_factory=list)
 

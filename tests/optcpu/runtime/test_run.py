@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 import signal
 from collections.abc import Callable
@@ -11,7 +12,7 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor, nn
-from torch.utils.data import TensorDataset
+from torch.utils.data import DataLoader, TensorDataset
 from training import (
     Losses,
     assert_equal,
@@ -156,6 +157,31 @@ def test_other_accumulation_in_the_middle_of_a_step_is_refused(tmp_path: Path) -
     small_trainer(checkpoints=tmp_path, loss=_StopAt(1)).train()
     with pytest.raises(OptcpuError, match="in a step of 4 micro-batches, and the data now give 3"):
         small_trainer(checkpoints=tmp_path, accumulation_steps=3).train()
+
+
+@pytest.mark.parametrize("number", [1, 8, 9, 10])
+def test_a_rollback_goes_back_as_far_as_without_a_stop(tmp_path: Path, number: int) -> None:
+    data = small_data(64)
+    data.tensors[0][5] = math.nan  # in the 12th step
+
+    def train(folder: str, stop_at: int | None) -> Any:
+        trainer = small_trainer(
+            nn.Linear(6, 3),
+            DataLoader(data, batch_size=4, sampler=[*range(8, 52), 5, *range(52, 63)]),
+            accumulation_steps=1,
+            epochs=1,
+            on_nan="rollback",
+            checkpoints={"folder": tmp_path / folder, "every_steps": 4},
+            loss=_StopAt(stop_at),
+        )
+        trainer.train()
+        return trainer
+
+    torch.manual_seed(0)
+    whole = train("whole", None)
+    torch.manual_seed(0)
+    train("stopped", number)
+    assert_equal(tensors_of(train("stopped", None)), tensors_of(whole))
 
 
 def test_losses_go_on(tmp_path: Path) -> None:
