@@ -14,6 +14,7 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 from torch import fx
+from torch._dynamo.exc import RestartAnalysis
 from torch._functorch import config as functorch_config
 from torch._functorch._aot_autograd.utils import make_boxed_func
 from torch._inductor import config as inductor_config
@@ -89,6 +90,8 @@ class Backend:
                     config_patches=patches,
                     decompositions=_decompositions(),
                 )
+        except RestartAnalysis:
+            raise  # no failure: Dynamo captures anew, with what it has learnt
         except Exception as error:
             self.fell_back(f"captured graph {region}", error)
             compiled = eager.forward

@@ -271,3 +271,18 @@ def test_activations_are_computed_anew_where_memory_is_short() -> None:
     assert kept[0] > kept[1] > kept[2] == x.nbytes
     with pytest.raises(ValueError, match=r"activation_memory must lie between 0 and 1, not 1.5"):
         optcpu.optimize(blocks(), activation_memory=1.5)
+
+
+def test_all_sizes_from_the_start_where_dynamo_begins_anew() -> None:
+    def model() -> nn.Module:
+        torch.manual_seed(0)
+        return nn.Sequential(nn.Embedding(10, 8), nn.Linear(8, 4))
+
+    ours, plain = model(), model()
+    optcpu.optimize(ours, precision="fp32", dynamic=True, fallback=False)
+    for size in (4, 7, 9):
+        tokens = torch.randint(10, (size, 5))
+        for one, other in zip(gradients(ours, tokens), gradients(plain, tokens), strict=True):
+            torch.testing.assert_close(one, other)
+    inspection = optcpu.inspect(ours, tokens)
+    assert not inspection.fallbacks
