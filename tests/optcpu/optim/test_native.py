@@ -1,0 +1,156 @@
+"""The kernel computes what the rules say, for every combination of number formats."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable
+
+import pytest
+import torch
+from torch import Tensor
+
+from optcpu.optim import native, rules
+from optcpu.optim.formats import Format, Stored, mixed, split
+from optcpu.optim.rules import Constants, Slot
+
+pytestmark = pytest.mark.skipif(native.library_or_none() is None, reason="needs a C++ compiler")
+
+SIZES = (1, 2, 63, 127, 128, 129, 300, 5001)
+FLOAT, SPLIT, STOCHASTIC, NEAREST = Format
+RULES: dict[str, Callable[[Slot], None]] = {
+    "adam": rules.adam,
+    "sgd": rules.sgd,
+    "lamb": rules.lamb,
+}
+
+
+def stored(numbers: Tensor, format: Format, seed: int) -> Stored:
+    if format == FLOAT:
+        return Stored(format, numbers.clone())
+    if format == SPLIT:
+        return Stored(format, *split(numbers))
+    return Stored(format, numbers.bfloat16(), None, seed)
+
+
+def slots(weight: Format, moments: bool, slow: Format | None, gradient: Format) -> list[Slot]:
+    """One for each size, every other one with other constants; ``moments``: whether in BF16."""
+    generator = torch.Generator().manual_seed(0)
+    kinds = [
+        Constants(
+            gradient_scale=-0.5,
+            shrink=0.9,
+            update_decay=0.1,
+            coupled_decay=decay,
+            beta1=0.9,
+            beta2=0.99,
+            rest1=0.1,
+            rest2=0.01,
+            epsilon=1e-3,
+            lr=0.1,
+            step_size=0.2,
+            root_scale=1.5,
+            ratio_limit=limit,
+            slow_step=0.3,
+            nesterov=nesterov,
+        )
+        for decay, limit, nesterov in (
+            (0.0, 0.7, True),
+            (0.2, float("inf"), False),
+            (0.1, -1.0, True),
+        )
+    ]
+    result = []
+    for number, size in enumerate(SIZES):
+        draws = [torch.randn(size, generator=generator) for _ in range(6)]
+        seeds = [mixed(number, i) for i in range(6)]
+        first, second = (NEAREST, STOCHASTIC) if moments else (FLOAT, FLOAT)
+        result.append(
+            Slot(
+                kinds[number % len(kinds)],
+                stored(draws[0], weight, seeds[0]),
+                stored(draws[1], gradient, seeds[1]),
+                stored(draws[2], first, seeds[2]),
+                stored(draws[3].square(), second, seeds[3]),
+                stored(draws[4].square(), first, seeds[4]) if number % 2 else None,
+                None if slow is None else stored(draws[5], slow, seeds[5]),
+            )
+        )
+    return result
+
+
+def assert_same(ours: Stored | None, theirs: Stored | None) -> None:
+    """All but equal; where FP32 differs in its last bit, BF16 may now and then be the next number."""
+    if ours is None or theirs is None:
+        assert ours is theirs
+        return
+    one, other = ours.read(), theirs.read()
+    if ours.format in (FLOAT, SPLIT):
+        torch.testing.assert_close(one, other, rtol=1e-5, atol=1e-6)
+    else:
+        torch.testing.assert_close(one, other, rtol=2**-7, atol=1e-6)
+        assert (one != other).float().mean() <= 0.03
+
+
+@pytest.mark.parametrize("rule", RULES)
+@pytest.mark.parametrize("weight", [FLOAT, SPLIT, STOCHASTIC])
+@pytest.mark.parametrize("moments", [False, True])
+@pytest.mark.parametrize("slow", [None, FLOAT, STOCHASTIC])
+@pytest.mark.parametrize("gradient", [FLOAT, NEAREST])
+def test_every_format(
+    rule: str, weight: Format, moments: bool, slow: Format | None, gradient: Format
+) -> None:
+    ours = slots(weight, moments, slow, gradient)
+    theirs = copy.deepcopy(ours)
+    getattr(native, rule)(ours)
+    for slot in theirs:
+        RULES[rule](slot)
+    for one, other in zip(ours, theirs, strict=True):
+        for name in ("weight", "first", "second", "maximum", "slow"):
+            if name == "second" and rule == "sgd":
+                continue
+            assert_same(getattr(one, name), getattr(other, name))
+
+
+def test_ties_go_to_even() -> None:
+    bits = torch.tensor([0x3F808000, 0x3F818000, 0x3F808001, 0x3F817FFF], dtype=torch.int32)
+    gradient = bits.view(torch.float32)
+    momentum = Stored(NEAREST, torch.zeros(4, dtype=torch.bfloat16))
+    # With no momentum from before, it is the gradient, rounded.
+    slot = Slot(Constants(), Stored(FLOAT, torch.zeros(4)), Stored(FLOAT, gradient), momentum)
+    native.sgd([slot])
+    assert torch.equal(momentum.data, gradient.bfloat16())
+
+
+def test_gradient_squares() -> None:
+    ours = slots(FLOAT, False, None, FLOAT)
+    exact = sum(float(slot.gradient.data.double().square().sum()) for slot in ours)
+    assert native.gradient_squares(ours) == pytest.approx(exact, rel=1e-6)
+    strided = Slot(Constants(), Stored(FLOAT, torch.ones(8)[::2]), Stored(FLOAT, torch.ones(4)))
+    assert native.gradient_squares([*ours, strided]) == pytest.approx(exact + 4, rel=1e-6)
+
+
+def test_tensors_with_gaps_are_updated_in_python() -> None:
+    memory = torch.ones(8)
+    slot = Slot(Constants(step_size=1.0), Stored(FLOAT, memory[::2]), Stored(FLOAT, torch.ones(4)))
+    native.sgd([slot])
+    assert memory.tolist() == [0.0, 1.0] * 4
+
+
+@pytest.mark.parametrize("weight_zero", [True, False])
+def test_a_trust_ratio_without_a_norm_is_one(weight_zero: bool) -> None:
+    constants = Constants(beta1=0.0, beta2=0.0, lr=0.5, step_size=1.0, epsilon=1.0, ratio_limit=1e9)
+    value, gradient = (0.0, 1.0) if weight_zero else (3.0, 0.0)
+    zeros = torch.zeros(4)
+    slot = Slot(
+        constants,
+        Stored(FLOAT, torch.full((4,), value)),
+        Stored(FLOAT, torch.full((4,), gradient)),
+        Stored(FLOAT, zeros.clone()),
+        Stored(FLOAT, zeros.clone()),
+    )
+    other = copy.deepcopy(slot)
+    native.lamb([slot])
+    rules.lamb(other)
+    expected = torch.full((4,), -0.25 if weight_zero else 3.0)  # half of 1 / (1 + 1)
+    torch.testing.assert_close(slot.weight.data, expected)
+    torch.testing.assert_close(other.weight.data, expected)
