@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import math
 from collections.abc import Callable
 
 import pytest
@@ -55,7 +56,7 @@ def slots(weight: Format, moments: bool, slow: Format | None, gradient: Format) 
         )
         for decay, limit, nesterov in (
             (0.0, 0.7, True),
-            (0.2, float("inf"), False),
+            (0.2, math.inf, False),
             (0.1, -1.0, True),
         )
     ]
@@ -138,7 +139,9 @@ def test_tensors_with_gaps_are_updated_in_python() -> None:
 
 @pytest.mark.parametrize("weight_zero", [True, False])
 def test_a_trust_ratio_without_a_norm_is_one(weight_zero: bool) -> None:
-    constants = Constants(beta1=0.0, beta2=0.0, lr=0.5, step_size=1.0, epsilon=1.0, ratio_limit=1e9)
+    constants = Constants(
+        beta1=0.0, beta2=0.0, lr=0.5, step_size=1.0, epsilon=1.0, ratio_limit=math.inf
+    )
     value, gradient = (0.0, 1.0) if weight_zero else (3.0, 0.0)
     zeros = torch.zeros(4)
     slot = Slot(
