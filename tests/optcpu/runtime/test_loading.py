@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import copy
 import json
-import os
 import random
-import signal
+import re
+import subprocess
+import sys
 from collections.abc import Callable, Iterator
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -391,18 +393,32 @@ class TestFailures:
         with pytest.raises(OptcpuError, match="the dataset raised StopIteration"):
             Feed(Failing(StopIteration()), batch_size=3).take(9)
 
-    def test_a_worker_that_dies(self) -> None:
-        class Deadly(Failing):
-            def __getitem__(self, index: int) -> int:
-                if index == 7:
-                    os.kill(os.getpid(), signal.SIGKILL)
-                return index
-
-        feed = Feed(Deadly(ValueError()), batch_size=3, shuffle=False, workers=1)
-        with pytest.raises(
-            OptcpuError, match=r"failed at batch \d of epoch 0 .*(killed by|exited)"
-        ):
-            feed.take(9)
+    def test_a_worker_that_dies(self, tmp_path: Path) -> None:
+        # In a process of its own: PyTorch raises the news wherever the main thread is just then.
+        script = tmp_path / "script.py"
+        script.write_text(
+            "import os, signal\n"
+            "from torch.utils.data import Dataset\n"
+            "from optcpu.errors import OptcpuError\n"
+            "from optcpu.runtime.loading import Feed\n"
+            "class Deadly(Dataset):\n"
+            "    def __len__(self):\n"
+            "        return 12\n"
+            "    def __getitem__(self, index):\n"
+            "        if index == 7:\n"
+            "            os.kill(os.getpid(), signal.SIGKILL)\n"
+            "        return index\n"
+            "feed = Feed(Deadly(), batch_size=3, shuffle=False, workers=1)\n"
+            "try:\n"
+            "    feed.take(9)\n"
+            "except OptcpuError as error:\n"
+            "    print(error, flush=True)\n"
+            "    os._exit(0)\n"
+        )
+        ended = subprocess.run(
+            [sys.executable, str(script)], capture_output=True, text=True, timeout=120
+        )
+        assert re.search(r"failed at batch \d of epoch 0 .*(killed by|exited)", ended.stdout), ended
 
     def test_measuring_fails_in_training_only(self) -> None:
         feed = Feed(Failing(ValueError("broken"), at=0), batch_size=12)
