@@ -200,10 +200,7 @@ class StoredWeight(Tensor):
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Tensor:
         """A plain FP32 tensor or parameter: a copy is not what the optimizer updates."""
-        if id(self) not in memo:
-            memo[id(self)] = _plain(self)
-        copy: Tensor = memo[id(self)]
-        return copy
+        return _plain(self)
 
     def __reduce_ex__(self, protocol: Any) -> Any:
         plain = _plain(self)

@@ -56,6 +56,7 @@ def test_fp32_training_is_that_of_pytorch() -> None:
     reference = torch.optim.AdamW(twin.parameters(), lr=1e-2)
     result = optcpu.optimize(model, optimizer, precision="fp32")
     assert result == (model, optimizer)
+    assert optimizer._optimizer_step_pre_hooks  # which switch PyTorch's fused kernel on
     assert type(optimizer) is torch.optim.AdamW
     assert stored(model) == []
     ours, theirs = train(model, optimizer, batches(15)), train(twin, reference, batches(15))

@@ -80,7 +80,10 @@ def test_stopped_and_started_again(folder: Path, capsys: pytest.CaptureFixture[s
     [
         (["--config", "none.toml"], "cannot read none.toml: No such file or directory"),
         (["--config", "run.toml", "--set", "epoch=3"], "no setting 'epoch'; did you mean 'epochs'"),
-        (["--config", "run.toml", "--set", "job=mpl"], "no job is called 'mpl'; did you mean 'mlp'"),
+        (
+            ["--config", "run.toml", "--set", "job=mpl"],
+            "no job is called 'mpl'; did you mean 'mlp'",
+        ),
         (["--config", "run.toml", "--set", "epochs"], "expected NAME=VALUE"),
         (["--config", "run.toml", "--set", "checkpoints=run.toml"], "run.toml"),
     ],

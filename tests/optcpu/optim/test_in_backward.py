@@ -143,3 +143,15 @@ def test_options_of_a_checkpoint_count() -> None:
     before = copy.deepcopy(model.state_dict())
     model(inputs(0)).sum().backward()
     assert all(torch.equal(before[name], tensor) for name, tensor in model.state_dict().items())
+
+
+def test_frozen_parameters_are_left() -> None:
+    model = network()
+    model[0].requires_grad_(False)
+    optimizer = SGD(model.parameters(), lr=0.1)
+    optimizer.update_in_backward()
+    before = copy.deepcopy(model.state_dict())
+    model(inputs(0)).sum().backward()
+    optimizer.step()
+    assert torch.equal(before["0.weight"], model[0].weight)
+    assert not torch.equal(before["2.weight"], model[2].weight)

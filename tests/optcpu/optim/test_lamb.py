@@ -252,6 +252,14 @@ def test_bad_options(options: dict[str, Any], message: str) -> None:
         Lamb([nn.Parameter(torch.ones(2))], **options)
 
 
+def test_gradients_of_zero_can_be_clipped(implementation: str) -> None:
+    parameter = nn.Parameter(torch.ones(4))
+    optimizer = Lamb([parameter], max_grad_norm=1.0)
+    parameter.grad = torch.zeros(4)
+    optimizer.step()
+    assert torch.equal(parameter, torch.ones(4))
+
+
 def test_a_checkpoint_of_adamw_is_taken() -> None:
     mine, yours = twins()
     reference = torch.optim.AdamW(yours, lr=0.125)
@@ -294,3 +302,11 @@ def test_the_result_does_not_depend_on_the_number_of_threads(threads: int) -> No
     finally:
         torch.set_num_threads(before)
     assert torch.equal(weight, reference)
+
+
+def test_a_scalar_is_excluded_as_well() -> None:
+    scalar, vector = nn.Parameter(torch.tensor(2.0)), nn.Parameter(torch.tensor([2.0]))
+    optimizer = Lamb([scalar, vector], lr=0.1, weight_decay=1.0, state_dtype=torch.float32)
+    scalar.grad, vector.grad = torch.tensor(1.0), torch.tensor([1.0])
+    optimizer.step()
+    assert scalar.item() == vector.item()

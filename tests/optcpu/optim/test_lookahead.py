@@ -271,3 +271,50 @@ def test_bad_arguments(arguments: dict[str, Any], error: type[Exception], messag
 
 def test_it_stands_at_the_top_level() -> None:
     assert optcpu.Lookahead is Lookahead
+
+
+def test_a_checkpoint_brings_its_options_and_momenta() -> None:
+    mine, yours = twins()
+    saved = Lookahead(SGD(yours, momentum=0.5), k=3, alpha=0.25, pullback="pullback")
+    optimizer = Lookahead(SGD(mine, momentum=0.5), k=1, alpha=0.75, pullback="pullback")
+    give_gradients(mine, yours, seed=0)
+    optimizer.step()  # it has momenta to pull back to, which the checkpoint has not
+    saved.step()
+    optimizer.load_state_dict(saved.state_dict())
+    assert (optimizer.k, optimizer.alpha, optimizer.steps) == (3, 0.25, 1)
+    assert optimizer.state_dict()["lookahead"]["momenta"] == {}
+
+
+def test_copies_keep_what_momenta_are_pulled_back_to() -> None:
+    mine = parameters()
+    optimizer = Lookahead(SGD(mine, lr=0.1, momentum=0.9), k=1, pullback="pullback")
+    give_gradients(mine, seed=0)
+    optimizer.step()
+    other = pickle.loads(pickle.dumps(optimizer))
+    for each in (optimizer, other):
+        for step in (1, 2):
+            give_gradients(each.param_groups[0]["params"], seed=step)
+            each.step()
+    assert_equal(mine, other.param_groups[0]["params"], tolerance=0.0)
+
+
+def test_the_memory_order_may_change() -> None:
+    weight = nn.Parameter(torch.randn(4, 3, 5, 6))
+    optimizer = Lookahead(SGD([weight], lr=0.1), k=1, alpha=0.5)
+    start = weight.detach().clone()
+    weight.data = weight.data.to(memory_format=torch.channels_last)
+    weight.grad = torch.randn(4, 3, 5, 6).to(memory_format=torch.channels_last)
+    expected = start - 0.5 * 0.1 * weight.grad
+    optimizer.step()
+    torch.testing.assert_close(weight.detach(), expected)
+
+
+def test_slow_weights_of_others_in_bf16_are_rounded_anew_each_time() -> None:
+    weight = nn.Parameter(torch.ones(20_000))
+    inner = torch.optim.SGD([weight], lr=2**-9)
+    optimizer = Lookahead(inner, k=1, alpha=0.5, slow_dtype=torch.bfloat16)
+    for _ in range(8):
+        weight.grad = torch.ones(20_000)
+        optimizer.step()
+    slow = next(iter(optimizer.state_dict()["lookahead"]["slow"].values()))
+    assert slow.mean().item() == pytest.approx(1 - 8 * 2**-10, abs=1e-3)

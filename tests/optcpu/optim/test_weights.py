@@ -396,3 +396,15 @@ def test_an_optimizer_of_others_in_one_call_for_plain_and_stored_weights() -> No
         module(torch.ones(2, 4)).sum().backward()
         optimizer.step()
     torch.testing.assert_close(layer.state_dict(), plain.state_dict())
+
+
+@BOTH
+def test_shared_memory_holds_both_halves(format: Format) -> None:
+    layer = nn.Linear(4, 4)
+    store_weights(layer, layer.parameters(), format)
+    layer.share_memory()
+    weight = layer.weight
+    assert isinstance(weight, StoredWeight)
+    assert weight.is_shared()
+    assert weight.high.is_shared()
+    assert weight.low is None or weight.low.is_shared()
