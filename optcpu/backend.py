@@ -13,7 +13,7 @@ import copy
 from collections.abc import Callable, Sequence
 from typing import Any
 
-from torch import fx
+from torch import Tensor, fx
 from torch._dynamo.exc import RestartAnalysis
 from torch._functorch import config as functorch_config
 from torch._functorch._aot_autograd.utils import make_boxed_func
@@ -73,7 +73,8 @@ class Backend:
         patches: dict[str, Any] = {"joint_custom_pre_pass": _JointPasses(self, region, key)}
         if inductor_config.post_grad_custom_post_pass is None:
             patches["post_grad_custom_post_pass"] = _CacheKey(key)
-        # A buffer that the backward may overwrite would forbid backward(retain_graph=True).
+        # A buffer that the backward may overwrite would forbid backward(retain_graph=True); with
+        # _allow_backward_again.
         tracing: dict[str, Any] = {
             "donated_buffer": False,
             "activation_memory_budget": self.activation_memory,
@@ -96,9 +97,14 @@ class Backend:
             self.fell_back(f"captured graph {region}", error)
             compiled = eager.forward
 
+        again = False
+
         def run(*inputs: Any) -> Any:
+            nonlocal again
             self.parts_run += 1
-            return compiled(*inputs)
+            outputs = compiled(*inputs)
+            again = again or _allow_backward_again(outputs)
+            return outputs
 
         return run
 
@@ -232,6 +238,30 @@ def _boxed(module: fx.GraphModule) -> Callable[..., Any]:
     view_to_reshape(module)
     module.recompile()
     return make_boxed_func(module)  # type: ignore[no-any-return]
+
+
+def _allow_backward_again(outputs: Sequence[Any]) -> bool:
+    """Let ``backward(retain_graph=True)`` run, whatever backward was run first.
+
+    A graph compiled without donated buffers has None noted for them, and PyTorch 2.8 to 2.13 compare
+    that with the empty list when a backward is to keep its graph.
+
+    Returns:
+        Whether ``outputs`` hang on a compiled backward.
+    """
+    nodes = [output.grad_fn for output in outputs if isinstance(output, Tensor)]
+    for _ in range(_LONGEST_CHAIN_OF_VIEWS):
+        for node in nodes:
+            metadata = getattr(getattr(node, "_forward_cls", None), "metadata", None)
+            if metadata is not None and hasattr(metadata, "bw_donated_idxs"):
+                metadata.bw_donated_idxs = metadata.bw_donated_idxs or []
+                return True
+        nodes = [before for node in nodes if node for before, _ in node.next_functions]
+    return False
+
+
+_LONGEST_CHAIN_OF_VIEWS = 3
+"""An output that is a view hangs on its base by nodes that PyTorch has added."""
 
 
 def _kind(options: dict[str, Any]) -> GraphKind:

@@ -345,7 +345,7 @@ def test_a_pickle_can_be_read_without_optcpu(model: Tied) -> None:
     plain = copy.deepcopy(model)
     store_weights(model, model.parameters(), Format.SPLIT)
     saved = pickle.dumps(model)
-    assert b"optcpu.optim" not in saved
+    assert b"optcpu.optim" not in saved.replace(__name__.encode(), b"")
     copied = pickle.loads(saved)
     torch.testing.assert_close(copied.state_dict(), plain.state_dict(), rtol=0, atol=0)
 
