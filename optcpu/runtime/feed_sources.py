@@ -85,13 +85,6 @@ class SampledSource(Source):
         self._sampler.load_state_dict(state)
         return iter(self._loader)
 
-    def state_between_epochs(self) -> dict[str, Any]:
-        """What :meth:`go_between_epochs` needs to know."""
-        return {}
-
-    def go_between_epochs(self, state: State) -> None:
-        """Make ready for the next epoch as it was when ``state`` was made."""
-
     def passed(self) -> None:
         consumed = self._state["consumed"]
         self._state["consumed"] = consumed + self._sampler.share(consumed).total

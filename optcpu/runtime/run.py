@@ -11,7 +11,7 @@ from torch import nn
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
 
-from optcpu.errors import OptcpuError
+from optcpu.errors import OptcpuError, warn
 from optcpu.measure.batches import Loss
 from optcpu.optim.lookahead import Lookahead
 from optcpu.runtime.callbacks import Callback
@@ -181,7 +181,9 @@ class Run:
                 "trainer the settings of that run, or another folder for checkpoints"
             )
         gemm.adopt(state["kernels"])
+        given = _settings(self.optimizer)
         self.load_weights(state)
+        _tell_changes(given, _settings(self.optimizer))
         self.scheduler.load_state_dict(state["scheduler"])
         self._load_callbacks(state["callbacks"])
         self.clock.load_state_dict(state["clock"])
@@ -240,6 +242,35 @@ class Run:
         set_rng_state(saved["rng"])
         self.feed.load_state_dict(saved["feed"])
         set_rng_state(saved["rng"])
+
+
+def _settings(optimizer: Optimizer) -> list[dict[str, Any]]:
+    """What is set for each group of parameters, but for the rate that a schedule has made of its own."""
+    return [
+        {name: value for name, value in group.items() if name not in ("params", "lr")}
+        for group in optimizer.param_groups
+    ]
+
+
+def _tell_changes(given: list[dict[str, Any]], saved: list[dict[str, Any]]) -> None:
+    """Warn where a run that goes on keeps to other settings than the user has now given."""
+    changes = {
+        f"{name} {theirs[name]!r} instead of {value!r}": None
+        for ours, theirs in zip(given, saved, strict=True)
+        for name, value in ours.items()
+        if name in theirs and not _equal(theirs[name], value)
+    }
+    if changes:
+        warn(
+            f"the run goes on with the checkpoint's settings of the optimizer: {', '.join(changes)}. "
+            "Remedy: give those, or change optimizer.param_groups in a callback's on_train_begin"
+        )
+
+
+def _equal(one: Any, other: Any) -> bool:
+    if isinstance(one, (tuple, list)) and isinstance(other, (tuple, list)):
+        return len(one) == len(other) and all(map(_equal, one, other))
+    return bool(one == other)
 
 
 def _kind(optimizer: Optimizer) -> str:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import os
 import signal
+import warnings
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -141,6 +142,26 @@ def test_a_run_of_other_parts_is_refused(tmp_path: Path) -> None:
         ).train()
     with pytest.raises(OptcpuError, match=r"is of another model.*Missing key"):
         small_trainer(nn.Linear(6, 2), checkpoints=tmp_path).train()
+
+
+def test_other_settings_of_the_optimizer_are_told(tmp_path: Path) -> None:
+    """The checkpoint's are used; the rate that the schedule has reached is not another setting."""
+    settings = {"checkpoints": tmp_path, "steps": 2, "schedule": "linear"}
+    small_trainer(**settings).train()
+    settings["steps"] = 3
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        small_trainer(**settings).train()
+    model = small_model()
+    other = torch.optim.AdamW(model.parameters(), lr=0.5, weight_decay=0.25)
+    del settings["schedule"]
+    scheduler = torch.optim.lr_scheduler.LinearLR(other)
+    trainer = small_trainer(model, **settings, optimizer=other, scheduler=scheduler, lr=None)
+    with pytest.warns(
+        UserWarning, match=r"weight_decay 0\.01 instead of 0\.25, initial_lr 0\.05 instead of 0\.5"
+    ):
+        trainer.train()
+    assert other.param_groups[0]["weight_decay"] == 0.01
 
 
 def test_resume_can_be_demanded_or_forbidden(tmp_path: Path) -> None:
