@@ -368,7 +368,10 @@ def _told(error: Exception) -> str:
     name, lines = type(error).__name__, str(error).strip().splitlines()
     if lines and lines[0].startswith("Caught "):
         return lines[-1] if name in lines[-1] else f"{name}: {lines[-1]}"
-    return f"{name}: {lines[0]}" if lines else name
+    told = f"{name}: {lines[0]}" if lines else name
+    if isinstance(error, (EOFError, ConnectionError)):  # what is left of a pipe to a dead process
+        told += " (if processes load the data, one was killed or exited)"
+    return told
 
 
 def _as_it_is(batch: Any) -> Any:
