@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
@@ -126,6 +126,21 @@ class Lookahead(Optimizer):
         self._pull_momenta_back()
         return loss
 
+    def restart(self, parameters: Iterable[Tensor]) -> None:
+        """The slow weights of ``parameters`` become what these are now, and their momenta are forgotten.
+
+        Those of parameters that require no gradient are exact whatever ``slow_dtype``, so that no
+        synchronisation moves what is frozen.
+        """
+        for parameter in parameters:
+            dtype = self.slow_dtype if parameter.requires_grad else torch.float32
+            self._slow[parameter] = parameter.detach().to(dtype, copy=True)
+            self._momenta.pop(parameter, None)
+
+    def synchronise(self, parameters: Iterable[Tensor]) -> None:
+        """Let slow and fast weights of ``parameters`` meet out of turn, as they do every ``k`` steps."""
+        self._synchronise({p: self._slow[p] for p in parameters if p in self._slow})
+
     @torch.no_grad()
     def _synchronise(self, slow_weights: dict[Tensor, Tensor]) -> None:
         for place, (parameter, slow) in enumerate(slow_weights.items()):
@@ -242,9 +257,7 @@ class Lookahead(Optimizer):
 
     def _remember_new_parameters(self) -> None:
         """Those that the inner optimizer was given by itself begin where they are now."""
-        for _, parameter in self._places():
-            if parameter not in self._slow:
-                self._slow[parameter] = parameter.detach().to(self.slow_dtype, copy=True)
+        self.restart([p for _, p in self._places() if p not in self._slow])
 
     def __getstate__(self) -> dict[str, Any]:
         names = (

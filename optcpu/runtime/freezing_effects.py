@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 from torch.optim import Optimizer
 
 from optcpu.optim.lookahead import Lookahead
@@ -24,9 +24,7 @@ def freeze(parameters: Iterable[nn.Parameter], optimizer: Optimizer) -> None:
         parameter.grad = None
         optimizer.state.pop(parameter, None)
         if isinstance(optimizer, Lookahead):
-            optimizer._momenta.pop(parameter, None)
-            slow = torch.empty_like(optimizer._slow[parameter], dtype=torch.float32)
-            optimizer._slow[parameter] = slow.copy_(parameter.detach())
+            optimizer.restart([parameter])
 
 
 def unfreeze(parameters: Iterable[nn.Parameter], optimizer: Optimizer) -> None:
@@ -34,18 +32,13 @@ def unfreeze(parameters: Iterable[nn.Parameter], optimizer: Optimizer) -> None:
     for parameter in parameters:
         parameter.requires_grad_(True)
         if isinstance(optimizer, Lookahead):
-            slow = optimizer._slow[parameter]
-            optimizer._slow[parameter] = slow.to(optimizer.slow_dtype)
+            optimizer.restart([parameter])
 
 
-@torch.no_grad()
 def synchronise(parameters: Iterable[nn.Parameter], optimizer: Optimizer) -> None:
     """Let Lookahead's slow weights catch up, as at the end of its k steps: nothing learnt is lost."""
     if isinstance(optimizer, Lookahead):
-        slow: dict[Tensor, Tensor] = {
-            p: optimizer._slow[p] for p in parameters if p in optimizer._slow
-        }
-        optimizer._synchronise(slow)
+        optimizer.synchronise(parameters)
 
 
 def modules_in_training(blocks: Iterable[Block]) -> list[nn.Module]:

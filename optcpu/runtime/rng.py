@@ -61,7 +61,7 @@ class _NumpyGlobal:
 
     def _read(self) -> bytes | None:
         """Words and position; None of another kind of generator."""
-        generator = np.random.get_bit_generator()
+        generator = np.random.get_bit_generator()  # type: ignore[attr-defined]
         if not isinstance(generator, np.random.MT19937):
             return None
         return ctypes.string_at(generator.ctypes.state_address, _MT19937_BYTES)

@@ -59,6 +59,25 @@ def test_parameters_without_a_gradient_are_synchronised_too(name: str) -> None:
     torch.testing.assert_close(mine[1].detach(), (torch.ones(2, 2) + moved) / 2)
 
 
+@pytest.mark.parametrize("name", INNER)
+def test_some_may_meet_out_of_turn_or_begin_anew(name: str) -> None:
+    mine = parameters()
+    optimizer = Lookahead(INNER[name](mine), k=10, alpha=0.25, pullback="pullback")
+    began = [p.detach().clone() for p in mine]
+    give_gradients(mine, seed=0)
+    optimizer.step()
+    fast = [p.detach().clone() for p in mine]
+
+    optimizer.synchronise(mine[:1])
+    torch.testing.assert_close(mine[0].detach(), began[0].lerp(fast[0], 0.25))
+    assert all(torch.equal(p, before) for p, before in zip(mine[1:], fast[1:], strict=True))
+
+    optimizer.restart(mine[1:2])
+    with optimizer.slow_weights():
+        assert torch.equal(mine[1], fast[1])
+        assert torch.equal(mine[2], began[2])
+
+
 @pytest.mark.parametrize("name", ["ours", "pytorch"])
 def test_slow_weights_for_evaluation(name: str) -> None:
     mine = parameters()
