@@ -24,10 +24,11 @@ def fit(model, images, labels, steps, freezing=False):
     start = time.perf_counter()
     optimizer = torch.optim.AdamW(model.parameters(), lr=3e-4)
     model, optimizer = optcpu.optimize(model, optimizer)
+    schedule = torch.optim.lr_scheduler.LinearLR(optimizer, 1, 0, steps)
     freezer = None
     if freezing:
         freezer = optcpu.DynamicFreezer(
-            model, optimizer, window=25, patience=3, max_freezes=2, total_steps=steps
+            model, optimizer, window=25, patience=3, max_freezes=3, total_steps=steps
         )
     for _ in range(steps):
         batch = torch.randint(len(images), (128,))
@@ -35,6 +36,7 @@ def fit(model, images, labels, steps, freezing=False):
         loss.backward()
         optimizer.step()
         optimizer.zero_grad()
+        schedule.step()
         if freezer is not None:
             freezer.step()
     return freezer, time.perf_counter() - start
