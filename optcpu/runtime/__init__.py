@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 from optcpu.runtime.callbacks import Callback
-from optcpu.runtime.checkpoint import CheckpointFolder
-from optcpu.runtime.datasets import SyntheticDataset
-from optcpu.runtime.freezer import DynamicFreezer
+from optcpu.runtime.checkpoint.folder import CheckpointFolder
+from optcpu.runtime.data.datasets import SyntheticDataset
+from optcpu.runtime.data.tokens import TokenDataset, tokenize_files
+from optcpu.runtime.freezing.freezer import DynamicFreezer
 from optcpu.runtime.jobs import Job
 from optcpu.runtime.loop import TrainingDiverged
-from optcpu.runtime.tokens import TokenDataset, tokenize_files
 from optcpu.runtime.trainer import Trainer, TrainingResult
 
 __all__ = [

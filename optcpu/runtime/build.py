@@ -20,7 +20,7 @@ from optcpu.optim.base import StoredOptimizer
 from optcpu.optimize import Settings, compiled_call, optimize
 from optcpu.pipeline import Pipeline, resolve_precision
 from optcpu.runtime.callbacks import Callback
-from optcpu.runtime.freezer import DynamicFreezer
+from optcpu.runtime.freezing.freezer import DynamicFreezer
 from optcpu.runtime.options import OptimizerOptions, TrainerOptions
 from optcpu.runtime.schedule import make_schedule
 from passes.base import Pass, Rewrite

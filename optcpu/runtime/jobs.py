@@ -15,8 +15,8 @@ from optcpu import data
 from optcpu.factories import call_factory, describe, find_factory, nearest
 from optcpu.measure.batches import Batch, Loss
 from optcpu.models import digits_cnn, gpt2_small, mlp
-from optcpu.runtime.datasets import SyntheticDataset
-from optcpu.runtime.tokens import TokenDataset
+from optcpu.runtime.data.datasets import SyntheticDataset
+from optcpu.runtime.data.tokens import TokenDataset
 from optcpu.runtime.validation import Metric
 
 _HELD_OUT = 10  # every tenth sample is for validation where the data come in one piece

@@ -16,7 +16,7 @@ from torch.optim.lr_scheduler import ReduceLROnPlateau
 from optcpu.errors import OptcpuError, warn
 from optcpu.measure.batches import Batch, signature
 from optcpu.optimize import compiled_call
-from optcpu.runtime.checkpoint import CheckpointFolder
+from optcpu.runtime.checkpoint.folder import CheckpointFolder
 from optcpu.runtime.display import Display
 from optcpu.runtime.metrics_log import MetricsLog
 from optcpu.runtime.options import TrainerOptions

@@ -15,10 +15,10 @@ from optcpu.errors import OptcpuError, warn
 from optcpu.measure.batches import Loss
 from optcpu.optim.lookahead import Lookahead
 from optcpu.runtime.callbacks import Callback
+from optcpu.runtime.checkpoint.rng import rng_state, set_rng_state
 from optcpu.runtime.clock import Clock
-from optcpu.runtime.freezer import DynamicFreezer
-from optcpu.runtime.loading import Feed
-from optcpu.runtime.rng import rng_state, set_rng_state
+from optcpu.runtime.data.loading import Feed
+from optcpu.runtime.freezing.freezer import DynamicFreezer
 from optcpu.runtime.step import (
     MicroBatches,
     gradients_by_name,

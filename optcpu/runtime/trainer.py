@@ -29,11 +29,11 @@ from optcpu.runtime.build import (
     update_in_backward,
 )
 from optcpu.runtime.callbacks import Callback
-from optcpu.runtime.checkpoint import CheckpointFolder
-from optcpu.runtime.checkpoint_format import Checkpoint
+from optcpu.runtime.checkpoint.folder import CheckpointFolder
+from optcpu.runtime.checkpoint.format import Checkpoint
+from optcpu.runtime.data.loading import Feed, evaluation_batches
 from optcpu.runtime.display import Display
-from optcpu.runtime.freezer import DynamicFreezer
-from optcpu.runtime.loading import Feed, evaluation_batches
+from optcpu.runtime.freezing.freezer import DynamicFreezer
 from optcpu.runtime.loop import Loop
 from optcpu.runtime.metrics_log import MetricsLog
 from optcpu.runtime.options import OptimizerOptions, ScheduleOptions, TrainerOptions, read_options

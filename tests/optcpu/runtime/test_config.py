@@ -9,7 +9,7 @@ from torch import nn
 
 from optcpu.errors import OptcpuError
 from optcpu.runtime.config import make_trainer, parse_override, read_config
-from optcpu.runtime.freezer import DynamicFreezer
+from optcpu.runtime.freezing.freezer import DynamicFreezer
 
 CONFIG = """
 job = "{module}:make"

@@ -11,8 +11,8 @@ from training import small_data
 
 from optcpu.measure.batches import call_model, default_loss
 from optcpu.runtime import Job
+from optcpu.runtime.data.loading import Feed
 from optcpu.runtime.jobs import BUILT_IN, job
-from optcpu.runtime.loading import Feed
 
 
 @pytest.mark.parametrize("name", ["digits-cnn", "mlp", "synthetic"])

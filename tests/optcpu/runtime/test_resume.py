@@ -27,7 +27,7 @@ from training import (
 from optcpu.errors import OptcpuError
 from optcpu.measure.batches import default_loss
 from optcpu.runtime import Callback, CheckpointFolder
-from optcpu.runtime.loading import Feed
+from optcpu.runtime.data.loading import Feed
 from optcpu.runtime.run import Run
 from optcpu.runtime.world import World
 

@@ -38,7 +38,8 @@ trainer = small_trainer(model, small_data(64), callbacks=[losses], threads=1, **
 result = trainer.train()
 weights = torch.cat([p.detach().flatten() for p in model.parameters()]).tolist()
 out = {"losses": losses.losses, "weights": weights, "bytes": trainer._world.bytes_sent,
-       "steps": result.steps, "metrics": result.metrics}
+       "steps": result.steps, "metrics": result.metrics,
+       "trained": [p.requires_grad for p in model.parameters()]}
 with open(f"{sys.argv[2]}-{os.environ.get('RANK', 0)}.json", "w") as file:
     json.dump(out, file)
 """
@@ -103,6 +104,20 @@ def test_a_lost_process_ends_the_job_and_the_checkpoint_goes_on_with_one(tmp_pat
     assert resumed["steps"] == alone["steps"]
     assert resumed["losses"] == pytest.approx(alone["losses"][-len(resumed["losses"]) :], rel=1e-4)
     assert resumed["weights"] == pytest.approx(alone["weights"], rel=1e-3, abs=1e-6)
+
+
+@pytest.mark.slow
+def test_all_processes_freeze_the_same_at_the_same_step(tmp_path: Path) -> None:
+    given: dict[str, Any] = {"epochs": 3, "optimizer": "sgd", "accumulation_steps": 1}
+    freezing = {"window": 3, "patience": 1, "percentile": 100.0}
+    usual, _ = _run(tmp_path, 2, "usual", batch_size=4, **given)
+    (alone,), _ = _run(tmp_path, 1, "one", batch_size=8, freezing=freezing, **given)
+    both, _ = _run(tmp_path, 2, "two", batch_size=4, freezing=freezing, **given)
+    assert both[0]["trained"] == both[1]["trained"] == [False, False, True, True]
+    assert both[0]["weights"] == both[1]["weights"]
+    assert both[0]["losses"] == pytest.approx(alone["losses"], rel=1e-5)
+    assert both[0]["weights"] == pytest.approx(alone["weights"], rel=1e-4, abs=1e-6)
+    assert both[0]["bytes"] < usual[0]["bytes"]
 
 
 @pytest.mark.slow

@@ -1,0 +1,1 @@
+"""Checkpoints: any nested state as safetensors and JSON, written so that none is ever lost."""

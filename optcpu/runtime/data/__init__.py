@@ -1,0 +1,1 @@
+"""Training data: datasets, the order of samples, micro-batches that can be gone on with."""

@@ -1,0 +1,378 @@
+"""Training data as micro-batches that can be gone on with at any of them."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from typing import Any, Literal
+
+import torch
+from torch import Tensor
+from torch.utils.data import DataLoader, Dataset, IterableDataset
+
+from optcpu.errors import OptcpuError, warn
+from optcpu.random_state import random_state_kept
+from optcpu.runtime.data.fetching import (
+    Collate,
+    SeededBatches,
+    begin_worker,
+    choose_workers,
+    cores_for_loading,
+    seconds_per_batch,
+)
+from optcpu.runtime.data.randomness import stream_key
+from optcpu.runtime.data.sampling import ResumableBatchSampler
+from optcpu.runtime.data.sources import State, length_of, source_of
+
+Workers = int | Literal["auto"]
+
+_END = object()
+
+
+def make_loader(
+    dataset: Dataset[Any],
+    batch_size: int,
+    *,
+    shuffle: bool = True,
+    seed: int = 0,
+    workers: Workers = "auto",
+    drop_last: bool = False,
+    collate_fn: Collate | None = None,
+    rank: int = 0,
+    world_size: int = 1,
+    step_seconds: float | None = None,
+) -> DataLoader[Any]:
+    """A loader whose batches depend on the arguments and the epoch alone.
+
+    Neither the number of worker processes nor an interruption changes a batch, random augmentation
+    included (:class:`optcpu.runtime.data.fetching.SeededBatches`), and the global generators of this
+    process are left alone. Order and split among ranks are those of :class:`ResumableBatchSampler`. Each
+    worker process computes with one thread, and lives on from epoch to epoch.
+
+    An ``IterableDataset`` decides on its order and its part for each rank and worker by itself: it gets a
+    plain ``DataLoader``.
+
+    Args:
+        dataset: map-style or iterable-style.
+        batch_size: samples in a batch of this rank.
+        shuffle: give the samples in another order in each epoch; not for an ``IterableDataset``.
+        seed: of order and augmentation.
+        workers: processes that fetch batches; ``"auto"`` measures what fetching a batch takes, and
+            decides by :func:`optcpu.runtime.data.fetching.choose_workers` (0 for an ``IterableDataset``).
+        drop_last: leave out the samples that do not fill a step of all ranks.
+        collate_fn: makes a batch of a list of samples; None is PyTorch's ``default_collate``.
+        rank: this process, in 0..world_size - 1.
+        world_size: number of processes that share the samples.
+        step_seconds: what training takes for a batch, if known.
+
+    Raises:
+        TypeError: ``dataset`` has no length, or an argument is of a wrong type.
+        ValueError: there are no samples, or an argument is out of range.
+    """
+    if workers != "auto" and (isinstance(workers, bool) or not isinstance(workers, int)):
+        raise TypeError(f'workers must be an integer or "auto", not {type(workers).__name__}')
+    if workers != "auto" and workers < 0:
+        raise ValueError(f'workers must be 0 or more, or "auto", got {workers}')
+    if isinstance(dataset, IterableDataset):
+        return DataLoader(
+            dataset,
+            batch_size,
+            num_workers=0 if workers == "auto" else workers,
+            collate_fn=collate_fn,
+            drop_last=drop_last,
+            worker_init_fn=begin_worker,
+            generator=torch.Generator().manual_seed(stream_key(seed, rank)),
+        )
+    size = length_of(dataset)
+    if size is None or not hasattr(dataset, "__getitem__"):
+        raise TypeError(
+            f"a dataset needs __len__ and __getitem__, which {type(dataset).__name__} lacks; an iterable "
+            "one must be a torch.utils.data.IterableDataset"
+        )
+    sampler = ResumableBatchSampler(
+        size,
+        batch_size,
+        shuffle=shuffle,
+        seed=seed,
+        drop_last=drop_last,
+        rank=rank,
+        world_size=world_size,
+    )
+    batches = SeededBatches(dataset, collate_fn, seed)
+    if workers == "auto":
+        workers = choose_workers(
+            seconds_per_batch(batches, sampler),
+            cores=cores_for_loading(),
+            threads=torch.get_num_threads(),
+            step_seconds=step_seconds,
+        )
+    return DataLoader(
+        batches,
+        batch_sampler=sampler,
+        num_workers=workers,
+        collate_fn=_as_it_is,
+        worker_init_fn=begin_worker,
+        persistent_workers=workers > 0,
+        generator=torch.Generator().manual_seed(0),  # else PyTorch draws from the global one
+    )
+
+
+def evaluation_batches(
+    data: Any, batch_size: int, collate_fn: Collate | None = None
+) -> Callable[[], Iterable[Any]]:
+    """A function that gives all batches of ``data``, in order and the same each time it is called.
+
+    Args:
+        data: a dataset, or what gives batches each time it is gone through.
+        batch_size: samples in a batch, where ``data`` are a dataset.
+        collate_fn: makes a batch of a list of samples, where ``data`` are a dataset.
+
+    Raises:
+        TypeError: ``data`` are neither, or can be gone through once only.
+        ValueError: they are empty.
+    """
+    _check_data(data)
+    if isinstance(data, Iterator):
+        raise TypeError(
+            f"{type(data).__name__} can be gone through once only: give a list, a DataLoader or a dataset"
+        )
+    if length_of(data) == 0:
+        raise ValueError("the data to evaluate on are empty")
+    if not _is_dataset(data):
+        return lambda: data
+    loader = make_loader(data, batch_size, shuffle=False, workers=0, collate_fn=collate_fn)
+
+    def batches() -> Iterable[Any]:
+        if isinstance(loader.batch_sampler, ResumableBatchSampler):
+            loader.batch_sampler.epoch = loader.batch_sampler.consumed = 0
+        return loader
+
+    return batches
+
+
+class Feed:
+    """The stream of micro-batches that training consumes, epoch by epoch.
+
+    Datasets are loaded by :func:`make_loader` and gone on with at any batch, at once, also by another
+    number of ranks or with another ``batch_size``. A loader with ``state_dict()`` of its own goes on by
+    that. Any other iterable is begun as it was begun and passed through up to where it was
+    (:class:`optcpu.runtime.data.sources.ReplayedSource` says when that is exact).
+
+    Args:
+        data: a dataset, a ``DataLoader``, or any iterable of batches; one that can be gone through only
+            once has one epoch.
+        batch_size: samples in a micro-batch, where ``data`` are a dataset, as all that follow.
+        seed: of order and augmentation; None is 0.
+        shuffle: give the samples in another order in each epoch (an ``IterableDataset`` its own).
+        workers: as in :func:`make_loader`.
+        drop_last: leave out an incomplete last micro-batch.
+        collate_fn: makes a batch of a list of samples.
+        rank: this process.
+        world_size: number of processes that share the samples.
+
+    Attributes:
+        epoch: that is being gone through, counted from 0.
+        batches_done: how many of its batches have been taken.
+
+    Raises:
+        TypeError: ``data`` are of another kind.
+        ValueError: there are no data, or an argument is out of range.
+    """
+
+    def __init__(
+        self,
+        data: Any,
+        *,
+        batch_size: int = 32,
+        seed: int | None = 0,
+        shuffle: bool = True,
+        workers: Workers = "auto",
+        drop_last: bool = False,
+        collate_fn: Collate | None = None,
+        rank: int = 0,
+        world_size: int = 1,
+    ) -> None:
+        _check_data(data)
+        if _is_dataset(data):
+            data = make_loader(
+                data,
+                batch_size,
+                shuffle=shuffle,
+                seed=seed or 0,
+                workers=workers,
+                drop_last=drop_last,
+                collate_fn=collate_fn,
+                rank=rank,
+                world_size=world_size,
+            )
+        elif world_size > 1:
+            _warn_if_not_shared(data)
+        if length_of(data) == 0:
+            raise ValueError("the training data are empty: give at least one batch")
+        self._source = source_of(data)
+        self._once = isinstance(data, Iterator)
+        self.epoch = 0
+        self.batches_done = 0
+        self._batches: Iterator[Any] | None = None
+        self._exhausted = False
+        self._to_resume: dict[str, Any] | None = None  # after a failure
+
+    @property
+    def length(self) -> int | None:
+        """Number of batches in this epoch, those that were taken included; None if unknown."""
+        left = self._source.batches_left(self.batches_done)
+        return None if left is None else self.batches_done + left
+
+    def __len__(self) -> int:
+        if self.length is None:
+            raise TypeError("the number of batches in an epoch of these data is not known")
+        return self.length
+
+    def take(self, count: int = 1) -> list[Any]:
+        """The next ``count`` batches, fewer at the end of the epoch, and none behind it.
+
+        Raises:
+            OptcpuError: fetching one raised an error, which is its cause, or there are no data. Nothing is
+                taken then, and the next call tries again.
+        """
+        before = self.state_dict()
+        taken: list[Any] = []
+        try:
+            self._open()
+            while len(taken) < count and (batch := self._next()) is not _END:
+                taken.append(batch)
+        except Exception as error:
+            place = f"batch {self.batches_done} of epoch {self.epoch} (counted from 0)"
+            self._go_to(before["epoch"], before["batches_done"])
+            self._to_resume = before
+            raise OptcpuError(f"the training data failed at {place}: {_told(error)}") from error
+        if self.batches_done == 0:
+            raise OptcpuError(self._nothing())
+        return taken
+
+    def next_epoch(self) -> None:
+        """Go to the beginning of the next epoch."""
+        self._go_to(self.epoch + 1, 0)
+
+    def state_dict(self) -> dict[str, Any]:
+        """Where the stream is: numbers, tensors and what the data's own generators and states hold."""
+        if self._to_resume is not None:
+            return self._to_resume
+        begun = self._batches is not None or self.batches_done > 0
+        source = self._source
+        return {
+            "epoch": self.epoch,
+            "batches_done": self.batches_done,
+            "kind": source.kind,
+            "begun": begun,
+            "source": source.state_dict() if begun else source.state_between_epochs(),
+        }
+
+    def load_state_dict(self, state: State) -> None:
+        """Go on from where a stream of the same data was.
+
+        Data that have to be passed through move the global generators: put these back afterwards to where
+        they stood when ``state`` was made.
+
+        Raises:
+            OptcpuError: the state is of other data, or they failed where they are passed through.
+        """
+        if state["kind"] != self._source.kind:
+            raise OptcpuError(
+                f"the checkpoint goes on with the training data by {state['kind']!r}, but these data go on "
+                f"by {self._source.kind!r}: give the trainer data of the kind that it had (a dataset, or a "
+                "DataLoader)"
+            )
+        self._go_to(state["epoch"], state["batches_done"])
+        try:
+            if state["begun"]:
+                self._batches = self._source.resume(self.epoch, self.batches_done, state["source"])
+            else:
+                self._source.go_between_epochs(state["source"])
+        except OptcpuError:
+            raise
+        except Exception as error:
+            raise OptcpuError(
+                f"the training data failed on the way back to batch {self.batches_done} of epoch "
+                f"{self.epoch} (counted from 0): {_told(error)}"
+            ) from error
+
+    def _open(self) -> None:
+        if self._to_resume is not None:
+            with random_state_kept():
+                self.load_state_dict(self._to_resume)
+        if self._batches is None and not self._exhausted:
+            self._batches = self._source.start(self.epoch)
+
+    def _next(self) -> Any:
+        if self._exhausted or self._batches is None:
+            return _END
+        batch = next(self._batches, _END)
+        if batch is _END:
+            self._exhausted = True
+        else:
+            self._source.passed()
+            self.batches_done += 1
+        return batch
+
+    def _go_to(self, epoch: int, batches_done: int) -> None:
+        self.epoch, self.batches_done = epoch, batches_done
+        self._batches, self._exhausted, self._to_resume = None, False, None
+
+    def _nothing(self) -> str:
+        if self._once and self.epoch:
+            return (
+                "the training data could be gone through only once: give a list, a DataLoader or a "
+                "dataset for more than one epoch"
+            )
+        return "the training data are empty: give at least one batch"
+
+
+def _check_data(data: Any) -> None:
+    """Refuse what is no stream of batches, though it could be iterated over."""
+    if isinstance(data, Tensor) or (
+        isinstance(data, tuple) and data and all(isinstance(one, Tensor) for one in data)
+    ):
+        raise TypeError(
+            "tensors are no stream of batches: give torch.utils.data.TensorDataset(inputs, targets), or a "
+            "list of batches"
+        )
+    if isinstance(data, (str, bytes, Mapping)) or not (
+        _is_dataset(data) or hasattr(data, "__iter__") or hasattr(data, "__getitem__")
+    ):
+        raise TypeError(
+            "the data must be a dataset, a DataLoader or an iterable of batches, not "
+            f"{type(data).__name__}"
+        )
+
+
+def _is_dataset(data: Any) -> bool:
+    """Whether ``data`` are samples: PyTorch's datasets, and those of other libraries."""
+    if isinstance(data, Dataset):
+        return True
+    by_index = hasattr(data, "__getitem__") and hasattr(data, "__len__")
+    return by_index and not isinstance(data, (Sequence, Mapping))
+
+
+def _warn_if_not_shared(data: Any) -> None:
+    if isinstance(data, DataLoader) and not isinstance(data.dataset, IterableDataset):
+        samplers = (data.sampler, data.batch_sampler, getattr(data.batch_sampler, "sampler", None))
+        if not any(hasattr(s, "num_replicas") or hasattr(s, "world_size") for s in samplers):
+            warn(
+                "each process goes through all of the training data, as the loader has no "
+                "DistributedSampler: give one to the loader, or give the dataset in place of the loader"
+            )
+
+
+def _told(error: Exception) -> str:
+    """Type and message of an error; of a worker's, which carries its traceback, the last line."""
+    name, lines = type(error).__name__, str(error).strip().splitlines()
+    if lines and lines[0].startswith("Caught "):
+        return lines[-1] if name in lines[-1] else f"{name}: {lines[-1]}"
+    told = f"{name}: {lines[0]}" if lines else name
+    if isinstance(error, (EOFError, ConnectionError)):  # what is left of a pipe to a dead process
+        told += " (if processes load the data, one was killed or exited)"
+    return told
+
+
+def _as_it_is(batch: Any) -> Any:
+    return batch

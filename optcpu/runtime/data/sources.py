@@ -1,0 +1,264 @@
+"""The ways in which data can be gone on with in the middle of an epoch."""
+
+from __future__ import annotations
+
+import abc
+import logging
+from collections.abc import Iterable, Iterator, Mapping
+from itertools import islice
+from typing import Any, cast
+
+from torch.utils.data import DataLoader, Dataset
+
+from optcpu.errors import OptcpuError, warn
+from optcpu.random_state import random_state_kept
+from optcpu.runtime.checkpoint.rng import rng_state, set_rng_state
+from optcpu.runtime.data.fetching import SeededBatches
+from optcpu.runtime.data.randomness import generator_state, set_generator_state
+from optcpu.runtime.data.sampling import ResumableBatchSampler
+
+logger = logging.getLogger("optcpu.trainer")
+
+State = Mapping[str, Any]
+
+
+class Source(abc.ABC):
+    """Data that can be gone through epoch by epoch.
+
+    Attributes:
+        kind: of the source, as a checkpoint names it.
+    """
+
+    kind: str
+
+    @abc.abstractmethod
+    def start(self, epoch: int) -> Iterator[Any]:
+        """The batches of an epoch."""
+
+    @abc.abstractmethod
+    def resume(self, epoch: int, done: int, state: State) -> Iterator[Any]:
+        """The batches of an epoch without the first ``done``; ``state`` is from behind those."""
+
+    @abc.abstractmethod
+    def state_dict(self) -> dict[str, Any]:
+        """What :meth:`resume` needs to know besides the numbers of epoch and batch."""
+
+    @abc.abstractmethod
+    def batches_left(self, done: int) -> int | None:
+        """How many batches of the epoch come after ``done``; None if unknown."""
+
+    def state_between_epochs(self) -> dict[str, Any]:
+        """What :meth:`go_between_epochs` needs to know."""
+        return {}
+
+    def go_between_epochs(self, state: State) -> None:  # noqa: B027 (most have nothing to do)
+        """Make ready for the next epoch as it was when ``state`` was made."""
+
+    def passed(self) -> None:  # noqa: B027 (most need not know)
+        """Take note that a batch was given to training."""
+
+
+class SampledSource(Source):
+    """A loader of :func:`optcpu.runtime.data.loading.make_loader`: the sampler begins wherever it is told.
+
+    Args:
+        loader: of :class:`SeededBatches`, with a :class:`ResumableBatchSampler`.
+    """
+
+    kind = "sampler"
+
+    def __init__(self, loader: DataLoader[Any]) -> None:
+        assert isinstance(loader.batch_sampler, ResumableBatchSampler)
+        self._loader, self._sampler = loader, loader.batch_sampler
+        # The sampler's own state is ahead of training where worker processes fetch ahead of time.
+        self._state = self._sampler.state_dict()
+
+    def start(self, epoch: int) -> Iterator[Any]:
+        return self._from({**self._state, "epoch": epoch, "consumed": 0})
+
+    def resume(self, epoch: int, done: int, state: State) -> Iterator[Any]:
+        self._sampler.load_state_dict(state)  # refuses what does not fit
+        return self._from({**self._state, "epoch": epoch, "consumed": state["consumed"]})
+
+    def _from(self, state: dict[str, Any]) -> Iterator[Any]:
+        self._state = state
+        self._sampler.load_state_dict(state)
+        return iter(self._loader)
+
+    def passed(self) -> None:
+        consumed = self._state["consumed"]
+        self._state["consumed"] = consumed + self._sampler.share(consumed).total
+
+    def state_dict(self) -> dict[str, Any]:
+        return dict(self._state)
+
+    def batches_left(self, done: int) -> int:
+        return self._sampler.steps_after(self._state["consumed"] if done else 0)
+
+
+class StatefulSource(Source):
+    """A loader with ``state_dict()`` and ``load_state_dict()``, as torchdata's ``StatefulDataLoader``.
+
+    It goes on as exactly as those two are: torchdata's (0.11) with worker processes goes on with the
+    right samples, but not with the random numbers that the workers' global generators would have given.
+    """
+
+    kind = "loader"
+
+    def __init__(self, loader: Any) -> None:
+        self._loader = loader
+        # Asking a loader that was not iterated over for its state draws random numbers: this is it.
+        self._between: dict[str, Any] | None = {}
+
+    def start(self, epoch: int) -> Iterator[Any]:
+        _set_epoch(self._loader, epoch)
+        self._between = None
+        with random_state_kept():  # torchdata's draws twice where it goes on between epochs
+            return iter(self._loader)
+
+    def resume(self, epoch: int, done: int, state: State) -> Iterator[Any]:
+        _set_epoch(self._loader, epoch)
+        self._loader.load_state_dict(state["loader"])
+        self._between = None
+        return iter(self._loader)
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"loader": self._loader.state_dict()}
+
+    def state_between_epochs(self) -> dict[str, Any]:
+        return self.state_dict() if self._between is None else self._between
+
+    def go_between_epochs(self, state: State) -> None:
+        self._between = dict(state)
+        if "loader" in state:
+            self._loader.load_state_dict(state["loader"])
+
+    def batches_left(self, done: int) -> int | None:
+        length = length_of(self._loader)
+        return None if length is None else max(0, length - done)
+
+
+class ReplayedSource(Source):
+    """Any other iterable: the epoch is begun as it was begun, and what was used is passed over.
+
+    What is remembered are Python's, NumPy's and PyTorch's global generators and the generators that are
+    attributes of the loader, its samplers and its dataset, as they stood when the epoch began. Batches
+    that were used are fetched again, which may take a while, and moves the global generators.
+
+    That is exact if what is fetched depends on those generators, and its order not on random numbers
+    that fetching takes from a global generator in turn with the model. Workers that live on from epoch
+    to epoch (``persistent_workers``) keep generators that nobody can see: there is a warning.
+
+    Args:
+        batches: the iterable.
+    """
+
+    kind = "replay"
+
+    def __init__(self, batches: Iterable[Any]) -> None:
+        self._batches = batches
+        self._beginning: dict[str, Any] | None = None
+
+    def start(self, epoch: int) -> Iterator[Any]:
+        _set_epoch(self._batches, epoch)
+        self._beginning = {"rng": rng_state(), **self.state_between_epochs()}
+        return iter(self._batches)
+
+    def resume(self, epoch: int, done: int, state: State) -> Iterator[Any]:
+        beginning = state["beginning"]
+        if epoch and _workers_live_on(self._batches):
+            warn(
+                "the loader has persistent_workers=True: random augmentation in its worker processes "
+                "does not go on as it would have without the interruption. Remedy: "
+                "persistent_workers=False, or give the dataset in place of the loader"
+            )
+        _set_epoch(self._batches, epoch)
+        self.go_between_epochs(beginning)
+        set_rng_state(beginning["rng"])
+        self._beginning = beginning
+        if done:
+            logger.info("passing over the %d batches of epoch %d that were used", done, epoch)
+        iterator = iter(self._batches)
+        passed = sum(1 for _ in islice(iterator, done))
+        if passed < done:
+            raise OptcpuError(
+                f"the checkpoint is behind batch {done} of epoch {epoch}, but the training data now end "
+                f"after {passed}: go on with the same data"
+            )
+        return iterator
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"beginning": self._beginning}
+
+    def state_between_epochs(self) -> dict[str, Any]:
+        generators = _generators(self._batches)
+        return {"generators": {name: generator_state(one) for name, one in generators.items()}}
+
+    def go_between_epochs(self, state: State) -> None:
+        generators, saved = _generators(self._batches), state["generators"]
+        if set(generators) != set(saved):
+            raise OptcpuError(
+                f"the checkpoint has the generators {sorted(saved)} of the training data, which now have "
+                f"{sorted(generators)}: go on with the same data"
+            )
+        for name, generator in generators.items():
+            set_generator_state(generator, saved[name])
+
+    def batches_left(self, done: int) -> int | None:
+        length = length_of(self._batches)
+        return None if length is None else max(0, length - done)
+
+
+def source_of(batches: Iterable[Any]) -> Source:
+    """The most exact way to go through ``batches`` that they allow."""
+    if isinstance(batches, DataLoader) and isinstance(batches.dataset, SeededBatches):
+        return SampledSource(batches)
+    if all(callable(getattr(batches, name, None)) for name in ("state_dict", "load_state_dict")):
+        return StatefulSource(batches)
+    return ReplayedSource(batches)
+
+
+def length_of(batches: Any) -> int | None:
+    """Number of batches in an epoch; None if unknown."""
+    try:
+        return len(batches)
+    except (TypeError, NotImplementedError):
+        return None
+
+
+def _parts(batches: Any) -> dict[str, Any]:
+    """The objects of a loader that may hold generators or want to know the epoch, by name."""
+    parts = {"loader": batches}
+    if isinstance(batches, DataLoader):
+        parts["sampler"] = batches.sampler
+        parts["batch_sampler"] = batches.batch_sampler
+        parts["batch_sampler.sampler"] = getattr(batches.batch_sampler, "sampler", None)
+        name, dataset = "dataset", cast(Any, batches.dataset)
+        while isinstance(dataset, Dataset):
+            parts[name] = dataset
+            name, dataset = f"{name}.dataset", getattr(dataset, "dataset", None)
+    return parts
+
+
+def _generators(batches: Any) -> dict[str, Any]:
+    """The generators that are attributes of the parts, each once, by name."""
+    found: dict[int, tuple[str, Any]] = {}
+    for part, owner in _parts(batches).items():
+        for name, value in getattr(owner, "__dict__", {}).items():
+            if generator_state(value) is not None:
+                found.setdefault(id(value), (f"{part}.{name}", value))
+    return dict(found.values())
+
+
+def _set_epoch(batches: Any, epoch: int) -> None:
+    for part in _parts(batches).values():
+        if isinstance(part, ResumableBatchSampler):
+            part.epoch, part.consumed = epoch, 0
+        elif callable(getattr(part, "set_epoch", None)):
+            part.set_epoch(epoch)
+
+
+def _workers_live_on(batches: Any) -> bool:
+    return (
+        isinstance(batches, DataLoader) and batches.num_workers > 0 and batches.persistent_workers
+    )

@@ -1,0 +1,1 @@
+"""Freezing layers that have converged."""

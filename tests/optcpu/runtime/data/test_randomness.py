@@ -1,0 +1,86 @@
+"""Counters to bits, and generators that go on where they were."""
+
+from __future__ import annotations
+
+import random
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from optcpu.runtime.data.randomness import (
+    generator_state,
+    random_bits,
+    seed_everything,
+    set_generator_state,
+    stream_key,
+)
+
+
+def test_the_bits_are_those_of_splitmix64() -> None:
+    """The reference output for seed 1234567 (as in the test vectors of several implementations)."""
+    bits = random_bits(1234567, np.arange(1, 4, dtype=np.uint64))
+    assert bits.tolist() == [6457827717110365317, 3203168211198807973, 9817491932198370423]
+
+
+@given(st.integers(), st.integers())
+def test_keys_name_their_parts_in_order(first: int, second: int) -> None:
+    key = stream_key(first, second)
+    assert 0 <= key < 2**64
+    assert key == stream_key(first, second)
+    assert (key == stream_key(second, first)) == ((first - second) % 2**64 == 0)
+
+
+def test_bits_are_even_and_streams_unrelated() -> None:
+    counters = np.arange(20_000, dtype=np.uint64)
+    bits = [random_bits(stream_key(0, number), counters) for number in range(2)]
+    as_bits = [np.unpackbits(one.view(np.uint8)).reshape(-1, 64) for one in bits]
+    assert abs(as_bits[0].mean(axis=0) - 0.5).max() < 0.02
+    assert abs((as_bits[0] ^ as_bits[1]).mean(axis=0) - 0.5).max() < 0.02
+    assert len(np.unique(bits[0])) == 20_000
+
+
+def test_the_shape_of_counters_is_kept_and_they_are_not_written_to() -> None:
+    counters = np.arange(6, dtype=np.uint64).reshape(2, 3)
+    bits = random_bits(7, counters)
+    assert bits.shape == (2, 3)
+    assert counters.ravel().tolist() == list(range(6))
+    assert bits[1, 2] == random_bits(7, np.array([5], dtype=np.uint64))[0]
+
+
+def test_seeding_reaches_all_three_generators() -> None:
+    def draw() -> list[float]:
+        return [random.random(), float(np.random.rand()), float(torch.rand(()))]
+
+    drawn = []
+    for seed in (2**64 - 1, 2**63, 2**64 - 1):
+        seed_everything(seed)
+        drawn.append(draw())
+    assert drawn[0] == drawn[2]
+    assert all(a != b for a, b in zip(drawn[0], drawn[1], strict=True))
+
+
+@pytest.mark.parametrize(
+    ("generator", "draw"),
+    [
+        (torch.Generator(), lambda g: torch.rand(3, generator=g).tolist()),
+        (np.random.default_rng(1), lambda g: g.random(3).tolist()),
+        (np.random.Generator(np.random.MT19937(1)), lambda g: g.random(3).tolist()),
+        (np.random.RandomState(1), lambda g: g.standard_normal(3).tolist()),
+        (random.Random(1), lambda g: [g.gauss(0, 1) for _ in range(3)]),
+    ],
+    ids=lambda value: type(value).__name__,
+)
+def test_a_generator_goes_on_from_its_state(generator: Any, draw: Any) -> None:
+    draw(generator)
+    state = generator_state(generator)
+    expected = draw(generator)
+    set_generator_state(generator, state)
+    assert draw(generator) == expected
+
+
+def test_other_things_have_no_state() -> None:
+    assert generator_state(7) is None
