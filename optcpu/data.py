@@ -25,6 +25,7 @@ import numpy as np
 import numpy.typing as npt
 import torch
 from torch import Tensor
+from torch.nn import functional
 
 from optcpu.errors import OptcpuError
 
@@ -60,12 +61,18 @@ class Corpus:
     tokenizer: str
 
 
-def digits() -> Digits:
+def digits(side: int = 8) -> Digits:
     """The 1797 images of ``sklearn.datasets.load_digits``; every fifth one is for testing.
+
+    Args:
+        side: of an image in pixels; other sides than 8 are interpolated, 28 gives MNIST's format.
 
     Raises:
         OptcpuError: scikit-learn is not installed.
+        ValueError: ``side`` is not positive.
     """
+    if side < 1:
+        raise ValueError(f"the side of an image must be positive, got {side}")
     try:
         from sklearn.datasets import load_digits
     except ImportError as error:
@@ -75,6 +82,8 @@ def digits() -> Digits:
         ) from error
     pixels, classes = load_digits(return_X_y=True)
     images = torch.from_numpy(pixels).float().div_(16).view(-1, 1, 8, 8)
+    if side != 8:
+        images = functional.interpolate(images, size=(side, side), mode="bilinear")
     labels = torch.from_numpy(classes).long()
     test = torch.arange(len(labels)) % 5 == 4
     return Digits((images[~test], labels[~test]), (images[test], labels[test]))

@@ -9,8 +9,12 @@ from collections.abc import Iterator
 # read this once, when it is imported.
 os.environ.setdefault("OMP_WAIT_POLICY", "passive")
 
+import hypothesis
 import pytest
 import torch
+
+hypothesis.settings.register_profile("optcpu", deadline=None)  # machines are noisy
+hypothesis.settings.load_profile("optcpu")
 
 
 @pytest.fixture(autouse=True)

@@ -86,22 +86,15 @@ def _digits_cnn() -> Job:
     )
 
 
-class _Scaled(Dataset[tuple[Tensor, Tensor]]):
-    """Bytes as numbers from 0 to 1, made when they are asked for: a quarter of the memory."""
-
-    def __init__(self, pieces: Tensor, labels: Tensor) -> None:
-        self._pieces, self._labels = pieces, labels
-
-    def __len__(self) -> int:
-        return len(self._labels)
-
-    def __getitem__(self, index: int) -> tuple[Tensor, Tensor]:
-        return self._pieces[index].float() / 255, self._labels[index]
-
-
 def _mlp() -> Job:
-    samples = _Scaled(*data.source_windows(width=784, classes=1000))
-    return Job(mlp(), *_held_out(samples, len(samples)), metrics=["accuracy"])
+    digits = data.digits(side=28)
+    (images, labels), (test_images, test_labels) = digits.train, digits.test
+    return Job(
+        mlp(),
+        TensorDataset(images.flatten(1), labels),
+        TensorDataset(test_images.flatten(1), test_labels),
+        metrics=["accuracy"],
+    )
 
 
 def _gpt2_small() -> Job:

@@ -46,6 +46,17 @@ class TestDigits:
     def test_is_the_same_in_every_call(self) -> None:
         assert torch.equal(data.digits().test[0], data.digits().test[0])
 
+    def test_another_size(self) -> None:
+        small, large = data.digits(), data.digits(side=28)
+        assert large.train[0].shape == (1438, 1, 28, 28)
+        assert torch.equal(large.train[1], small.train[1])
+        means = [images.mean((1, 2, 3)) for images in (large.test[0], small.test[0])]
+        torch.testing.assert_close(*means, atol=0.02, rtol=0)
+
+    def test_a_side_that_is_none(self) -> None:
+        with pytest.raises(ValueError, match="must be positive, got 0"):
+            data.digits(side=0)
+
     def test_missing_scikit_learn_is_told(self, monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.setitem(sys.modules, "sklearn", None)
         monkeypatch.setitem(sys.modules, "sklearn.datasets", None)

@@ -31,7 +31,7 @@ class Reference(nn.Sequential):
         return result
 
 
-@settings(max_examples=30, deadline=None)
+@settings(max_examples=30)
 @given(
     rows=st.lists(st.integers(0, 9), max_size=2),
     width=st.integers(1, 70),

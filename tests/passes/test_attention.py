@@ -56,7 +56,7 @@ def test_parity(causal: bool) -> None:
     assert run.fired(NAME) == 1
 
 
-@settings(max_examples=8, deadline=None)
+@settings(max_examples=8)
 @given(
     batch=st.integers(1, 3),
     length=st.integers(1, 40),

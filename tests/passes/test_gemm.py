@@ -31,7 +31,7 @@ def oriented(rows: int, columns: int, dtype: torch.dtype, transposed: bool) -> t
     return torch.randn(rows, columns).to(dtype)
 
 
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=40)
 @given(
     sizes=st.tuples(st.integers(1, 70), st.integers(1, 70), st.integers(1, 70)),
     transposed=st.tuples(st.booleans(), st.booleans()),

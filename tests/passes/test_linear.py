@@ -82,7 +82,7 @@ def test_every_activation_is_fused_without_gradients(activation: nn.Module, _: b
     assert assert_parity(model, torch.randn(7, 12), passes=EXACT).fired(NAME) == 1
 
 
-@settings(max_examples=10, deadline=None)
+@settings(max_examples=10)
 @given(
     shape=st.lists(st.integers(1, 5), min_size=1, max_size=3),
     widths=st.tuples(st.integers(1, 23), st.integers(1, 23)),

@@ -57,7 +57,7 @@ def test_bf16_parity(activation: nn.Module) -> None:
     assert result.fired(NAME) == 3
 
 
-@settings(max_examples=10, deadline=None)
+@settings(max_examples=10)
 @given(
     shape=st.lists(st.integers(1, 5), min_size=1, max_size=3),
     widths=st.tuples(st.integers(1, 23), st.integers(1, 23), st.integers(1, 23)),

@@ -28,7 +28,7 @@ needs_kernel = pytest.mark.skipif(
 
 
 @needs_kernel
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(
     batch=st.integers(1, 1100),
     out=st.integers(1, 300),

@@ -30,7 +30,7 @@ def reference(
     return rule.forward(result, **dict(rule.arguments))  # type: ignore[operator]
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(
     sizes=SIZES,
     activation=st.sampled_from(["none", *ops.ACTIVATIONS]),
@@ -100,7 +100,7 @@ def test_every_kernel_serves_every_linear(kernel: str, monkeypatch: pytest.Monke
         assert laid_out.is_mkldnn == (kernel == "onednn-packed")
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(
     sizes=SIZES,
     activation=st.sampled_from(["none", *ops.ACTIVATIONS]),

@@ -19,9 +19,7 @@ KINDS = [(Adam, torch.optim.Adam), (AdamW, torch.optim.AdamW)]
 
 
 @pytest.mark.parametrize(("ours", "theirs"), KINDS)
-@settings(
-    max_examples=25, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture]
-)
+@settings(max_examples=25, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(
     lr=st.floats(1e-4, 0.1),
     betas=st.tuples(st.floats(0, 0.99), st.floats(0.5, 0.9999)),

@@ -19,7 +19,7 @@ def from_bits(bits: list[int]) -> torch.Tensor:
     return torch.frombuffer(bytearray(struct.pack(f"<{len(bits)}I", *bits)), dtype=torch.float32)
 
 
-@settings(max_examples=300, deadline=None)
+@settings(max_examples=300)
 @given(bits=ALL_BITS)
 def test_split_numbers_come_back_with_every_bit(bits: list[int]) -> None:
     numbers = from_bits(bits)  # infinities, NaN of any payload, denormals and both zeros among them
@@ -28,7 +28,7 @@ def test_split_numbers_come_back_with_every_bit(bits: list[int]) -> None:
     assert torch.equal(joined(high, low).view(torch.int32), numbers.view(torch.int32))
 
 
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=200)
 @given(bits=ALL_BITS)
 def test_the_upper_half_is_what_a_cast_gives_but_for_ties(bits: list[int]) -> None:
     numbers = from_bits(bits)

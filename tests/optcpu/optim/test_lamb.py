@@ -46,9 +46,7 @@ def lamb_in_numpy(
     return weight
 
 
-@settings(
-    max_examples=40, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture]
-)
+@settings(max_examples=40, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(
     shape=st.sampled_from([(1, 1), (7, 3), (40, 60), (2, 3, 3, 3)]),
     lr=st.floats(1e-4, 0.1),

@@ -15,9 +15,7 @@ from optcpu.optim import SGD
 from tests.optcpu.optim.conftest import assert_equal, give_gradients, twins
 
 
-@settings(
-    max_examples=40, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture]
-)
+@settings(max_examples=40, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(
     lr=st.floats(1e-4, 1.0),
     momentum=st.sampled_from([0.0, 0.5, 0.9]),

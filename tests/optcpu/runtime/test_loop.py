@@ -175,6 +175,7 @@ def test_early_stopping_keeps_the_best(tmp_path: Path) -> None:
     assert (
         small_trainer(
             epochs=50,
+            lr=0.1,
             validation_data=TensorDataset(inputs, (targets + 1) % 3),
             early_stopping={"patience": 3},
             checkpoints={"folder": tmp_path, "best": "loss"},

@@ -37,7 +37,7 @@ def _collect(batches: list[Any]) -> MicroBatches:
 
 
 @given(st.lists(st.integers(1, 6), min_size=1, max_size=5))
-@settings(max_examples=30, deadline=None)
+@settings(max_examples=30)
 def test_the_gradient_is_that_of_the_mean_over_all_samples(sizes: list[int]) -> None:
     model, batches = _parts(sizes)
     step, runner = _collect(list(batches)), _runner(model)

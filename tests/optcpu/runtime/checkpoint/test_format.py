@@ -179,7 +179,7 @@ def sound(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return write(tmp_path_factory.mktemp("sound") / "c", state)
 
 
-@settings(deadline=None, max_examples=200, suppress_health_check=list(HealthCheck))
+@settings(max_examples=200, suppress_health_check=list(HealthCheck))
 @given(name=st.sampled_from(FILES), where=st.integers(0, 5000), bit=st.integers(0, 7))
 def test_any_flipped_bit_is_seen(
     sound: Path, tmp_path_factory: pytest.TempPathFactory, name: str, where: int, bit: int
@@ -193,7 +193,7 @@ def test_any_flipped_bit_is_seen(
         read_checkpoint(folder)
 
 
-@settings(deadline=None, max_examples=30, suppress_health_check=list(HealthCheck))
+@settings(max_examples=30, suppress_health_check=list(HealthCheck))
 @given(name=st.sampled_from(FILES), length=st.integers(0, 5000))
 @example(name="manifest.json", length=0)
 def test_a_truncated_file_is_seen(

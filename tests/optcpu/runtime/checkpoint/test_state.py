@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 from torch import Tensor, nn
@@ -114,7 +114,6 @@ LEAVES = (
 )
 
 
-@settings(deadline=None)
 @given(
     st.recursive(
         LEAVES,

@@ -35,7 +35,7 @@ def shares(dataset: SyntheticDataset) -> Tensor:
 
 
 class TestSamples:
-    @settings(max_examples=30, deadline=None)
+    @settings(max_examples=30)
     @given(
         indices=st.lists(st.integers(0, 999), min_size=1, max_size=40),
         shape=st.one_of(st.integers(1, 40), st.lists(st.integers(1, 5), min_size=1, max_size=3)),
