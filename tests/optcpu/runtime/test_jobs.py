@@ -10,7 +10,7 @@ from torch import nn
 from training import small_data
 
 from optcpu.measure.batches import call_model, default_loss
-from optcpu.runtime import Job
+from optcpu.runtime import Job, Trainer
 from optcpu.runtime.data.loading import Feed
 from optcpu.runtime.jobs import BUILT_IN, job
 
@@ -34,6 +34,25 @@ def test_gpt2_job() -> None:
     assert what.loss is not None
     loss = what.loss(call_model(what.model, batch), batch).item()
     assert 10 < loss < 12  # ln 50257 = 10.8
+
+
+@pytest.mark.slow
+def test_51_million_parameters_learn_digits() -> None:
+    what = job("mlp")
+    result = Trainer(
+        what.model,
+        what.train_data,
+        validation_data=what.validation_data,
+        metrics=what.metrics,
+        epochs=4,
+        batch_size=128,
+        lr=3e-4,
+        scheduler="cosine",
+        validate_every=48,
+        progress=False,
+        threads=2,
+    ).train()
+    assert result.metrics["accuracy"] > 0.85
 
 
 def test_training_and_validation_share_no_sample() -> None:
