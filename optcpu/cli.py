@@ -1,4 +1,4 @@
-"""The command line: ``optcpu compare``, ``inspect``, ``train``, ``doctor``.
+"""The command line: ``optcpu compare``, ``inspect``, ``train``, ``bench``, ``doctor``.
 
 torch takes seconds to import, so every command imports what it needs when it runs; ``--help`` and
 ``--version`` answer at once.
@@ -13,7 +13,7 @@ import os
 import sys
 from collections.abc import Sequence
 
-from optcpu.commands import compare, doctor, inspect, train
+from optcpu.commands import bench, compare, doctor, inspect, train
 from optcpu.errors import OptcpuError
 
 
@@ -66,7 +66,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--version", action="version", version=f"optcpu {_version()}")
     parser.set_defaults(run=None)
     commands = parser.add_subparsers(title="commands", metavar="COMMAND")
-    for command in (compare, inspect, train, doctor):
+    for command in (compare, inspect, train, bench, doctor):
         command.add(commands)
     return parser
 

@@ -26,6 +26,7 @@ from optcpu.measure.payload import Payload, Trial, checked_payload, try_out
 from optcpu.measure.progress import Reporter
 from optcpu.measure.resident import hand_back_freed_memory
 from optcpu.measure.result import Comparison, Row
+from optcpu.measure.roofline import measure_limits
 from optcpu.measure.rounds import Team
 from optcpu.measure.training import Settings
 from optcpu.measure.variants import (
@@ -36,12 +37,14 @@ from optcpu.measure.variants import (
     named_variants,
     tuned_twins,
 )
+from optcpu.measure.work import ideal_step
+from optcpu.pipeline import resolve_precision
 from optcpu.random_state import random_state_kept
 
 __all__ = ["Comparison", "Row", "compare"]
 
 _SEED = 0
-_PHASES_BESIDE_WORKERS_AND_ROUNDS = 2  # the checks before, and the warm-up
+_PHASES_BESIDE_WORKERS_AND_ROUNDS = 4  # the checks before, the warm-up, the limits twice
 _RELIABLE_ROUNDS, _RELIABLE_ROUND_S = 5, 0.8
 _STEADY = 1.5  # how much longer the slowest round of a variant may take than its fastest
 
@@ -164,17 +167,26 @@ def compare(
             dropout_off=trial.random,
         )
         team.write(settings)
+        reporter.phase("measuring this machine")
+        limits = measure_limits(settings.threads)
         left_out = _prepare(team, reporter, asked, cpu.bf16, rounds)
         team.take_turns(rounds, round_seconds, payload.batches, accumulation_steps)
+        reporter.phase("measuring this machine again")
+        limits = limits.merged(measure_limits(settings.threads))
         measured = list(team.measured.values())
         scarce = team.memory_was_scarce
 
     batches = payload.batches
     units = [units_per_batch or units_in(one) for one in batches]
+    units_per_step = accumulation_steps * sum(units) / len(units)
+    chosen = resolve_precision(precision)
+    dtype = chosen if chosen in limits.gemm else "fp32"
+    ideal = ideal_step(trial.work, limits, dtype, batches=units_per_step / units[0])
     rows, best = rows_of(
         measured,
         passes=len(batches) // math.gcd(len(batches), accumulation_steps),
-        units_per_step=accumulation_steps * sum(units) / len(units),
+        units_per_step=units_per_step,
+        ideal_ms=ideal.step_ms,
     )
     return Comparison(
         name=name or type(payload.model).__name__,
@@ -184,7 +196,9 @@ def compare(
         unit=unit,
         steps=steps,
         accumulation_steps=accumulation_steps,
-        parameters=sum(p.numel() for p in payload.model.parameters() if p.requires_grad),
+        parameters=trial.work.values_updated,
+        ideal=ideal,
+        limits=limits,
         notes=[
             *left_out,
             *_notes(rows[0], trial),

@@ -20,7 +20,7 @@ _OF_THE_MOVEMENT = 0.5
 
 
 def rows_of(
-    measured: Sequence[Measured], passes: int, units_per_step: float
+    measured: Sequence[Measured], passes: int, units_per_step: float, ideal_ms: float
 ) -> tuple[list[Row], str]:
     """The rows, and the name of the fastest stock variant that learned.
 
@@ -28,6 +28,7 @@ def rows_of(
         measured: what the workers told; the reference among them.
         passes: steps that one pass over the batches takes.
         units_per_step: what ``Row.units_per_second`` counts.
+        ideal_ms: of a step, ms.
     """
     reference = next(m for m in measured if m.variant.name == REFERENCE)
     rows = [_row(m, reference, passes, units_per_step) for m in measured]
@@ -36,6 +37,8 @@ def rows_of(
     for row, m in zip(rows, measured, strict=True):
         if row.failed is None:
             row.speedup_vs_best_stock = median_ratio(base.rounds_s, m.rounds_s)
+            assert row.step_ms is not None
+            row.of_ideal = ideal_ms / row.step_ms
     return rows, best
 
 

@@ -16,6 +16,7 @@ from typing import Any
 import cloudpickle
 import torch
 from torch import Tensor, nn
+from torch.optim import Optimizer
 
 from optcpu.errors import OptcpuError
 from optcpu.measure.accuracy import dropout_off
@@ -30,6 +31,7 @@ from optcpu.measure.batches import (
     to_fp32,
 )
 from optcpu.measure.variants import OptimizerFactory, default_optimizer
+from optcpu.measure.work import Work, flop_counter, state_values
 from optcpu.random_state import random_state_kept
 
 PAYLOAD_FILE = "payload.pt"
@@ -184,10 +186,12 @@ class Trial:
     Attributes:
         random: two passes over the same batch give different outputs.
         random_without_dropout: they do so even with dropout switched off.
+        work: of a step on the first batch.
     """
 
     random: bool
     random_without_dropout: bool
+    work: Work
 
 
 def try_out(payload: Payload, seed: int) -> Trial:
@@ -200,7 +204,8 @@ def try_out(payload: Payload, seed: int) -> Trial:
     model.train()
     with random_state_kept():
         torch.manual_seed(seed)
-        first_output = _check_step(payload)
+        with flop_counter() as counted:
+            first_output = _check_step(payload)
         seen = {signature(payload.batches[0])}
         with torch.no_grad():
             for batch in payload.batches:
@@ -214,8 +219,12 @@ def try_out(payload: Payload, seed: int) -> Trial:
             if is_random:
                 with dropout_off(model):
                     still_random = not _same(_forward(payload, batch), _forward(payload, batch))
-        _check_optimizer(payload)
-    return Trial(is_random, still_random)
+        optimizer = _check_optimizer(payload)
+    trained = [p for p in payload.model.parameters() if p.requires_grad]
+    work = Work(
+        counted.get_total_flops(), sum(p.numel() for p in trained), state_values(optimizer, trained)
+    )
+    return Trial(is_random, still_random, work)
 
 
 def _check_step(payload: Payload) -> Any:
@@ -247,15 +256,17 @@ def _check_step(payload: Payload) -> Any:
     return output
 
 
-def _check_optimizer(payload: Payload) -> None:
+def _check_optimizer(payload: Payload) -> Optimizer:
     try:
-        payload.optimizer(payload.model.parameters()).step()
+        optimizer = payload.optimizer(payload.model.parameters())
+        optimizer.step()
     except Exception as error:
         raise ValueError(
             f"making the optimizer or its first step failed: {type(error).__name__}: {error}. "
             "optimizer is a function of the parameters, as in "
             "lambda parameters: torch.optim.AdamW(parameters, lr=1e-3)."
         ) from error
+    return optimizer
 
 
 def _forward(payload: Payload, batch: Batch) -> Any:

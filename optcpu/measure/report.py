@@ -17,6 +17,8 @@ from optcpu.tables import FirstThatFits, sentence
 
 if TYPE_CHECKING:
     from optcpu.measure.result import Comparison, Row
+    from optcpu.measure.roofline import Limits
+    from optcpu.measure.work import Ideal
 
 # Two processes running the same code differ by this much in a run of 5 rounds of a second.
 _LEVEL = 0.03
@@ -56,6 +58,7 @@ def render(comparison: Comparison) -> RenderableType:
         if row.failed is not None:
             parts.append(sentence(f"{row.variant} failed: {_one_line(row.failed)}", "red"))
         parts += [sentence(f"{row.variant}: {note}", "yellow") for note in row.notes]
+    parts.append(sentence(_ideal(comparison.ideal), "dim"))
     parts += [sentence(note, "dim") for note in comparison.notes]
     parts += [sentence(told, "bold") for told in comparison.verdict]
     return Group(*parts)
@@ -69,15 +72,16 @@ def _speed_table(comparison: Comparison, ranges: bool = True) -> Table:
         table.add_column("(range)", justify="right", no_wrap=True, style="dim")
     for heading in (
         f"{comparison.unit}/s",
-        "x eager",
-        "x stock",
-        "peak MB",
-        "compile s",
+        "x\neager",
+        "x\nstock",
+        "of\nideal",
+        "peak\nMB",
+        "compile\ns",
     ):
         table.add_column(heading, justify="right", no_wrap=True)
     for row in comparison.rows:
         if row.failed is not None:
-            table.add_row(row.variant, Text("failed", "red"), *[_NONE] * (6 if ranges else 5))
+            table.add_row(row.variant, Text("failed", "red"), *[_NONE] * (7 if ranges else 6))
             continue
         assert row.step_ms_spread is not None
         low, high = row.step_ms_spread
@@ -88,6 +92,7 @@ def _speed_table(comparison: Comparison, ranges: bool = True) -> Table:
             _thousands(row.units_per_second),
             _ratio(row.speedup_vs_eager),
             _ratio(row.speedup_vs_best_stock),
+            _NONE if row.of_ideal is None else f"{row.of_ideal:.0%}",
             _thousands(row.peak_memory_mb),
             _NONE if row.variant.startswith("eager") else f"{row.compile_seconds:.1f}",
             style=_style(row),
@@ -127,6 +132,30 @@ def _numbers_table(comparison: Comparison, names: bool = True) -> Table:
             style=_style(row),
         )
     return table
+
+
+def limits_table(limits: Limits) -> Table:
+    """What a machine can do at best."""
+    table = tables.plain_table()
+    table.add_column("limit", no_wrap=True)
+    table.add_column("per second", justify="right", no_wrap=True)
+    for dtype, rates in limits.gemm.items():
+        for library, rate in rates.items():
+            table.add_row(f"products in {dtype}, {library}", f"{_count(rate)}FLOP")
+    table.add_row("update in place", f"{_count(limits.bandwidth)}B")
+    for pages, touched in (("usual", limits.first_touch), ("huge", limits.first_touch_huge)):
+        told = "unknown" if touched is None else f"{_count(touched)}B"
+        table.add_row(f"first touch, {pages} pages", told)
+    return table
+
+
+def _ideal(ideal: Ideal) -> str:
+    return (
+        f"Ideal step: {figure(ideal.step_ms)} ms, of which {figure(ideal.product_ms)} for "
+        f"{_count(ideal.flops)}FLOP of products at {_count(ideal.peak)}FLOP/s ({ideal.dtype}, "
+        f"{ideal.library}) and {figure(ideal.update_ms)} for an update of {_count(ideal.update_bytes)}B at "
+        f"{_count(ideal.bandwidth)}B/s: what this machine was measured to do at best."
+    )
 
 
 def _worst_gradients(comparison: Comparison) -> list[Padding]:
@@ -180,11 +209,11 @@ def _error(value: float | None) -> str:
     return _NONE if value is None else f"{value:.1e}"
 
 
-def _count(number: int) -> str:
-    for size, letter in ((1e9, "G"), (1e6, "M"), (1e3, "k")):
+def _count(number: float) -> str:
+    for size, letter in ((1e12, "T"), (1e9, "G"), (1e6, "M"), (1e3, "k")):
         if number >= size:
             return f"{number / size:.3g} {letter}"
-    return str(number)
+    return f"{number:.0f}"
 
 
 def _one_line(text: str) -> str:

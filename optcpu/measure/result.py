@@ -11,7 +11,9 @@ from rich.console import RenderableType
 
 from optcpu.measure import chart, export, report
 from optcpu.measure.machine import Machine
+from optcpu.measure.roofline import Limits
 from optcpu.measure.variants import REFERENCE
+from optcpu.measure.work import Ideal
 
 
 @dataclass
@@ -27,6 +29,7 @@ class Row:
         units_per_second: samples (or what ``unit`` says) trained on per second.
         speedup_vs_eager: median over the rounds of eager FP32's step time over this one's.
         speedup_vs_best_stock: the same for the fastest stock variant.
+        of_ideal: the ideal step's time over this one's; see :class:`optcpu.measure.work.Ideal`.
         peak_memory_mb: most resident memory of the process while it trained, compilation left out
             where the system lets a process reset that figure (Linux), MiB.
         memory_growth_mb: that, less what was resident before the model was loaded (Python, torch,
@@ -56,6 +59,7 @@ class Row:
     units_per_second: float | None = None
     speedup_vs_eager: float | None = None
     speedup_vs_best_stock: float | None = None
+    of_ideal: float | None = None
     peak_memory_mb: float | None = None
     memory_growth_mb: float | None = None
     compile_seconds: float | None = None
@@ -89,6 +93,8 @@ class Comparison:
         steps: optimizer steps of the learning check.
         accumulation_steps: batches per optimizer step.
         parameters: number of trainable values in the model.
+        ideal: the least time that a step can take on this machine.
+        limits: what this machine can do at best, on which that is based.
         notes: what a reader must know about the whole comparison.
     """
 
@@ -100,6 +106,8 @@ class Comparison:
     steps: int
     accumulation_steps: int
     parameters: int
+    ideal: Ideal
+    limits: Limits
     notes: list[str]
 
     def __getitem__(self, variant: str) -> Row:
@@ -121,7 +129,7 @@ class Comparison:
 
     def to_dict(self) -> dict[str, Any]:
         """Everything, in plain Python types; NaN and infinities stay floats."""
-        return {**asdict(self), "verdict": self.verdict}
+        return {**asdict(self), "ideal_ms": self.ideal.step_ms, "verdict": self.verdict}
 
     def to_json(self, path: str | Path | None = None) -> str:
         """The comparison as JSON (NaN and infinities become null), also written to ``path``.

@@ -9,6 +9,8 @@ import pytest
 
 from optcpu.measure.machine import Machine
 from optcpu.measure.result import Comparison, Row
+from optcpu.measure.roofline import Limits
+from optcpu.measure.work import Ideal
 
 MACHINE = Machine(
     cpu="AMD EPYC 9654 96-Core Processor",
@@ -22,6 +24,17 @@ MACHINE = Machine(
     threads=2,
 )
 
+LIMITS = Limits(
+    threads=2,
+    gemm={
+        "fp32": {"aten": 200e9, "onednn": 480e9},
+        "bf16": {"aten": 800e9, "onednn": 960e9},
+    },
+    bandwidth=32e9,
+    first_touch=2e9,
+    first_touch_huge=18e9,
+)
+
 
 def make_row(variant: str, kind: str, ms: float, **figures: Any) -> Row:
     """A row of a variant that learned; a step of eager FP32 takes 300 ms, of the best stock 96."""
@@ -32,6 +45,7 @@ def make_row(variant: str, kind: str, ms: float, **figures: Any) -> Row:
         "units_per_second": 128e3 / ms,
         "speedup_vs_eager": 300 / ms,
         "speedup_vs_best_stock": 96 / ms,
+        "of_ideal": 60 / ms,
         "peak_memory_mb": 1900.0,
         "memory_growth_mb": 1600.0,
         "compile_seconds": 0.1,
@@ -73,6 +87,8 @@ def make_comparison(*rows: Row, **fields: Any) -> Comparison:
         "steps": 50,
         "accumulation_steps": 1,
         "parameters": 51_000_000,
+        "ideal": Ideal("bf16", "onednn", 38.4e9, 960e9, 640e6, 32e9),
+        "limits": LIMITS,
         "notes": [],
     }
     return Comparison(**(usual | fields))

@@ -30,7 +30,7 @@ EAGER = measured("eager-fp32", [0.4, 0.2, 0.4])
 
 
 def test_ratios_are_medians_of_the_rounds_and_not_ratios_of_medians() -> None:
-    rows, best = rows_of([EAGER, measured("compiled-bf16", [0.1, 0.1, 0.2])], 1, 64)
+    rows, best = rows_of([EAGER, measured("compiled-bf16", [0.1, 0.1, 0.2])], 1, 64, ideal_ms=40)
     assert best == "compiled-bf16"
     # By round 4, 2 and 2; the ratio of the medians is 4.
     assert rows[1].speedup_vs_eager == pytest.approx(2.0)
@@ -43,7 +43,9 @@ def test_ratios_are_medians_of_the_rounds_and_not_ratios_of_medians() -> None:
 
 
 def test_compile_time_is_what_first_steps_take_beyond_a_steady_one() -> None:
-    rows, _ = rows_of([EAGER, measured("optcpu", [0.1] * 3, first_seconds=[9.1, 0.6, 0.05])], 1, 1)
+    optcpu = measured("optcpu", [0.1] * 3, first_seconds=[9.1, 0.6, 0.05])
+    rows, _ = rows_of([EAGER, optcpu], 1, 1, ideal_ms=40)
+    assert rows[1].of_ideal == pytest.approx(0.4)
     assert rows[1].compile_seconds == pytest.approx(9.0 + 0.5)
 
 
@@ -60,7 +62,7 @@ def test_compile_time_is_what_first_steps_take_beyond_a_steady_one() -> None:
 def test_what_does_not_learn_is_flagged_and_is_not_the_best(
     told: dict[str, Any], reason: str
 ) -> None:
-    rows, best = rows_of([EAGER, measured("compiled-bf16", [0.01] * 3, **told)], 1, 1)
+    rows, best = rows_of([EAGER, measured("compiled-bf16", [0.01] * 3, **told)], 1, 1, ideal_ms=40)
     assert not rows[1].learned
     assert reason in rows[1].notes[0]
     assert best == "eager-fp32"
@@ -69,15 +71,15 @@ def test_what_does_not_learn_is_flagged_and_is_not_the_best(
 @pytest.mark.parametrize("last", [0.8, 1.0, 1.3])
 def test_rounding_is_not_flagged(last: float) -> None:
     told = {"losses": [5.0, 3.0, 2.0, last], "change_norms": {"w": 0.97}}
-    rows, _ = rows_of([EAGER, measured("compiled-bf16", [0.1] * 3, **told)], 1, 1)
+    rows, _ = rows_of([EAGER, measured("compiled-bf16", [0.1] * 3, **told)], 1, 1, ideal_ms=40)
     assert rows[1].learned
     assert rows[1].notes == []
 
 
 def test_losses_are_means_of_a_pass_over_the_batches() -> None:
-    rows, _ = rows_of([EAGER], 2, 1)
+    rows, _ = rows_of([EAGER], 2, 1, ideal_ms=40)
     assert (rows[0].first_loss, rows[0].final_loss) == (4.0, 1.5)
-    rows, _ = rows_of([EAGER], 3, 1)  # fewer steps than two passes: halves
+    rows, _ = rows_of([EAGER], 3, 1, ideal_ms=40)  # fewer steps than two passes: halves
     assert (rows[0].first_loss, rows[0].final_loss) == (4.0, 1.5)
 
 
@@ -85,7 +87,7 @@ def test_one_that_failed_has_its_reason_and_no_figures() -> None:
     early = Measured(VARIANTS["optcpu"], failed="RuntimeError: no", log="Traceback ...")
     late = measured("compiled-fp32", [0.1])
     late.failed = "the worker process was ended by SIGKILL"
-    rows, best = rows_of([EAGER, early, late], 1, 1)
+    rows, best = rows_of([EAGER, early, late], 1, 1, ideal_ms=40)
     assert best == "eager-fp32"
     assert (rows[1].failed, rows[1].failure_log) == ("RuntimeError: no", "Traceback ...")
     assert rows[1].final_loss is None
@@ -95,7 +97,7 @@ def test_one_that_failed_has_its_reason_and_no_figures() -> None:
 
 
 def test_a_peer_is_never_the_best_stock_variant() -> None:
-    _, best = rows_of([EAGER, measured("ipex", [0.01] * 3)], 1, 1)
+    _, best = rows_of([EAGER, measured("ipex", [0.01] * 3)], 1, 1, ideal_ms=40)
     assert best == "eager-fp32"
 
 
@@ -108,7 +110,7 @@ def test_errors_are_taken_over() -> None:
         "worst_gradient_error": 0.1,
         "notes": ["a note"],
     }
-    rows, _ = rows_of([EAGER, measured("optcpu", [0.1] * 3, accuracy=accuracy)], 1, 1)
+    rows, _ = rows_of([EAGER, measured("optcpu", [0.1] * 3, accuracy=accuracy)], 1, 1, ideal_ms=40)
     assert (rows[1].output_error, rows[1].loss_error, rows[1].gradient_error) == (1e-3, 1e-4, 1e-2)
     assert (rows[1].worst_gradient, rows[1].worst_gradient_error) == ("w", 0.1)
     assert rows[1].notes == ["a note"]

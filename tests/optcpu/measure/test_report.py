@@ -27,20 +27,30 @@ def test_tables_fit_and_cut_nothing_off(
     assert "transformer.h.11.attn.c_attn.weight" in text
     told = ("123,456", "5.0e+06", "1,234,567", "2345.6", "6.0e-05", "1.9e-05", "1.2e-02", "0.01234")
     assert [figure for figure in told if figure not in text] == []
-    for heading in ("pictures/s", "x eager", "peak MB", "compile s", "learned"):
+    for heading in ("pictures/s", "eager", "stock", "ideal", "peak", "compile", "learned"):
         assert heading in text
 
 
 def test_a_table_without_room_becomes_lines(row: MakeRow, comparison: MakeComparison) -> None:
     lines = to_text(comparison(row("optcpu", "optcpu", 48.0)), 60).splitlines()
     assert "optcpu: ms/step 48.0, (range) 46.6-52.8, samples/s 2,667," in lines
-    assert "  x eager 6.25, x stock 2.00, peak MB 1,900, compile s 0.1" in lines
+    assert "  x eager 6.25, x stock 2.00, of ideal 125%, peak MB 1,900," in lines
 
 
 def test_a_narrow_table_leaves_the_ranges_out(row: MakeRow, comparison: MakeComparison) -> None:
     made = comparison(row("optcpu", "optcpu", 50.0))
     assert "(range)" in to_text(made, 120)
     assert "(range)" not in to_text(made, 80)
+
+
+def test_the_ideal_step_is_told(row: MakeRow, comparison: MakeComparison) -> None:
+    text = to_text(comparison(row("optcpu", "optcpu", 80.0)), 200)
+    assert "75%" in text
+    assert (
+        "Ideal step: 60.0 ms, of which 40.0 for 38.4 GFLOP of products at 960 GFLOP/s (bf16, onednn) and "
+        "20.0 for an update of 640 MB at 32 GB/s: what this machine was measured to do at best."
+        in text
+    )
 
 
 def test_the_terminals_width_is_taken(
