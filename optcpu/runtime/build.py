@@ -58,13 +58,14 @@ def optimizer_settings(given: Any, lr: float | None) -> dict[str, Any]:
 
     Raises:
         TypeError: it is something else.
+        ValueError: they have another learning rate than ``lr``.
     """
     if given is None:
         settings: dict[str, Any] = {}
     elif isinstance(given, str):
         settings = {"name": given}
     elif isinstance(given, OptimizerOptions):
-        settings = given.model_dump()
+        settings = given.model_dump(exclude_unset=True)
     elif isinstance(given, Mapping):
         settings = dict(given)
     else:
@@ -72,7 +73,11 @@ def optimizer_settings(given: Any, lr: float | None) -> dict[str, Any]:
             "optimizer must be a torch.optim.Optimizer, its settings or its name, not "
             f"{given.__name__ if isinstance(given, type) else type(given).__name__}"
         )
-    return settings if lr is None else {**settings, "lr": lr}
+    if lr is None:
+        return settings
+    if settings.get("lr", lr) != lr and not isinstance(given, OptimizerOptions):
+        raise ValueError(f"lr is {lr}, and optimizer.lr is {settings['lr']}: give one of them")
+    return {**settings, "lr": lr}
 
 
 def check_optimizer(optimizer: Optimizer, trained: Iterable[nn.Parameter], saved: bool) -> None:
@@ -264,12 +269,31 @@ def check_monitors(options: TrainerOptions, known: Sequence[str], validates: boo
             )
 
 
+def check_functions(**functions: Any) -> None:
+    """Refuse what is given as a function and cannot be called as one.
+
+    Raises:
+        TypeError: naming it.
+    """
+    for name, function in functions.items():
+        if isinstance(function, torch.nn.modules.loss._Loss):
+            raise TypeError(
+                f"{name} is called with the model's output and the whole batch, which "
+                f"nn.{type(function).__name__} cannot take: give lambda output, batch: "
+                f"criterion(output, batch[-1]), where criterion is that module"
+            )
+        if function is not None and not callable(function):
+            raise TypeError(f"{name} must be a function, not {type(function).__name__}")
+
+
 def checked_callbacks(callbacks: Sequence[Callback]) -> list[Callback]:
     """``callbacks``, if they are some.
 
     Raises:
         TypeError: one is not.
     """
+    if isinstance(callbacks, Callback):
+        raise TypeError("callbacks must be a list of them: put it into one")
     for callback in callbacks:
         if not isinstance(callback, Callback):
             raise TypeError(

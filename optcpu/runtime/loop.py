@@ -16,13 +16,20 @@ from torch.optim.lr_scheduler import ReduceLROnPlateau
 from optcpu.errors import OptcpuError, warn
 from optcpu.measure.batches import Batch, signature
 from optcpu.optimize import compiled_call
+from optcpu.runtime.build import steps_per_epoch
 from optcpu.runtime.checkpoint.folder import CheckpointFolder
 from optcpu.runtime.display import Display
 from optcpu.runtime.metrics_log import MetricsLog
 from optcpu.runtime.options import TrainerOptions
 from optcpu.runtime.run import Run
 from optcpu.runtime.signals import StopRequest
-from optcpu.runtime.step import MicroBatches, StepRunner, collect, trained_parameters
+from optcpu.runtime.step import (
+    BufferKeeper,
+    MicroBatches,
+    StepRunner,
+    collect,
+    trained_parameters,
+)
 from optcpu.runtime.stopping import is_better
 from optcpu.runtime.validation import Metric, validate
 
@@ -79,6 +86,7 @@ class Loop:
         self._size_of, self._total_steps, self._trainer = size_of, total_steps, trainer
         self._stop = stop
         self._before: dict[str, Any] | None = None  # of the step in progress
+        self._buffers = BufferKeeper(run.model, run.loss)
         self._updating = False
         self._saved = run.position.step  # the step of the last checkpoint, written or loaded
         self._changed = False  # anything since then
@@ -106,6 +114,7 @@ class Loop:
                 self.validate()
             self._save_if_due()
             if self._ended() and not self._validation_is_due():  # else that was interrupted
+                self._refuse_broken_weights()
                 return None
             if self._stopped():
                 self._save("stopped")
@@ -120,8 +129,10 @@ class Loop:
         """The micro-batches of the next step; None at the end of an epoch."""
         run = self._run
         self._before = before = run.data_state()
+        self._buffers.keep()
         raw = run.feed.take(self._options.accumulation_steps)
-        if not raw:
+        (ready,) = run.world.sum_numbers(float(bool(raw)))
+        if ready < run.world.size:  # where one has no data left, the epoch is over for all
             self._before = None
             return None
         alone = self._options.local_steps is not None
@@ -149,7 +160,9 @@ class Loop:
                     warnings.simplefilter("ignore")
                 run.scheduler.step()
         position.step += 1
-        position.samples += step.total
+        alone = self._options.local_steps is not None
+        samples = int(run.world.sum_numbers(float(step.total))[0]) if alone else step.total
+        position.samples += samples
         position.epoch_ended = False
         if run.freezer is not None and step.bad is None:
             run.freezer.step()
@@ -158,7 +171,7 @@ class Loop:
         run.clock.add(phase, time.perf_counter() - started)
         if phase == "compile" and not self._options.dynamic:
             self._note_shapes(step)
-        self._report(step, norm)
+        self._report(step, norm, samples)
 
     def _note_shapes(self, step: MicroBatches) -> None:
         """Warn once where batches come in so many shapes that compiling each does not pay."""
@@ -171,7 +184,7 @@ class Loop:
                 "eagerly. Remedy: dynamic=True, or batches of few shapes (pad them, drop_last=True)"
             )
 
-    def _report(self, step: MicroBatches, norm: float | None) -> None:
+    def _report(self, step: MicroBatches, norm: float | None, samples: int) -> None:
         run, position = self._run, self._run.position
         (loss,) = run.world.sum_numbers(step.loss)
         if self._options.local_steps is not None:
@@ -180,10 +193,10 @@ class Loop:
         if norm is not None:
             row["grad_norm"] = norm
         seconds = run.clock.typical("step")
-        rate = None if seconds is None else step.total / seconds
+        rate = None if seconds is None else samples / seconds
         self._display.step(position.step, position.epoch, loss, rate, self._seconds_left())
         position.losses.append(loss)
-        self._interval_samples += step.total
+        self._interval_samples += samples
         if self._log is not None and position.step % self._log_interval == 0:
             elapsed = time.perf_counter() - self._interval_started
             means = {
@@ -205,6 +218,7 @@ class Loop:
         """Do what ``on_nan`` says about a step whose loss or gradient is not finite."""
         run, options, position = self._run, self._options, self._run.position
         self._runner.forget_gradients()
+        self._buffers.put_back()
         where = f"in step {position.step + 1}, {step.bad}"
         position.bad_steps += 1
         if options.on_nan == "stop" or position.bad_steps > options.max_bad_steps:
@@ -271,6 +285,7 @@ class Loop:
             self._validation(),
             run.loss,
             self._metrics,
+            size_of=self._size_of,
             interrupted=lambda: self._stop.by is not None and run.world.size == 1,
         )
         if results is None:
@@ -348,10 +363,10 @@ class Loop:
         """A checkpoint that cannot be trained on must not take the place of one that can."""
         for name, parameter in trained_parameters(self._run.model, self._run.loss).items():
             if not torch.isfinite(parameter.detach()).all():
+                unsaved = "" if self._folder is None else ", and no checkpoint of them is written"
                 raise TrainingDiverged(
-                    f"after step {self._run.position.step} the weights of {name!r} are not finite, and "
-                    "no checkpoint of them is written: lower the learning rate, clip with "
-                    "max_grad_norm, or look at the data"
+                    f"after step {self._run.position.step} the weights of {name!r} are not finite"
+                    f"{unsaved}: lower the learning rate, clip with max_grad_norm, or look at the data"
                 )
 
     def _rescue(self, error: Exception) -> None:
@@ -361,6 +376,7 @@ class Loop:
             return
         if self._before is not None:
             self._runner.forget_gradients()
+            self._buffers.put_back()
             run.pending = MicroBatches([], self._before, 0)  # none of them is used
         try:
             self._save("rescue", alone=True)
@@ -382,7 +398,7 @@ class Loop:
             return None
         position, options = self._run.position, self._options
         left = max(0, self._total_steps - position.step)
-        epochs_left = 1 if options.epochs is None else options.epochs - position.epoch
+        epochs_left = self._epochs_left(left)
 
         def times(every: int | None) -> int:
             return epochs_left if every is None else math.ceil(left / every)
@@ -390,6 +406,14 @@ class Loop:
         validations = 0 if self._validation is None else times(options.validate_every)
         saves = 0 if self._folder is None else times(self._checkpoint_interval)
         return self._run.clock.remaining(left, validations, saves)
+
+    def _epochs_left(self, steps: int) -> int:
+        """How often an epoch, or the run, will end in the next ``steps`` steps."""
+        options, length = self._options, self._run.feed.length
+        if options.epochs is not None:
+            return options.epochs - self._run.position.epoch
+        per_epoch = steps_per_epoch(length, options.accumulation_steps)
+        return 1 if not per_epoch else math.ceil(steps / per_epoch)
 
 
 def _itself(number: float) -> tuple[float, ...]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import io
+import itertools
 import json
 import math
 from pathlib import Path
@@ -26,26 +27,51 @@ class MetricsLog:
         folder: made if it is not there.
         tensorboard: write event files for TensorBoard into it, too.
         after_step: rows of later steps, which a run left that was killed after its last checkpoint, are
-            taken out, since these steps are made again.
+            taken out, since these steps are made again; at 0, the files of an earlier run are renamed.
+        validated: whether the validation of ``after_step`` is not made again.
 
     Raises:
         OptcpuError: the folder cannot be written, or TensorBoard is asked for and not installed.
     """
 
-    def __init__(self, folder: Path, *, tensorboard: bool = False, after_step: int = 0) -> None:
+    def __init__(
+        self,
+        folder: Path,
+        *,
+        tensorboard: bool = False,
+        after_step: int = 0,
+        validated: bool = True,
+    ) -> None:
         self._jsonl, self._csv = folder / "metrics.jsonl", folder / "metrics.csv"
         try:
             folder.mkdir(parents=True, exist_ok=True)
-            self._keep_rows_until(after_step)
+            if after_step == 0:
+                self._set_aside_earlier_run()
+            self._keep_rows_until(after_step, validated)
         except OSError as error:
             raise OptcpuError(
                 f"cannot write metrics into {folder}: {error.strerror}; choose another folder for the log"
             ) from error
         self._writer = _tensorboard_writer(folder, after_step) if tensorboard else None
 
-    def _keep_rows_until(self, step: int) -> None:
-        rows = _rows(self._jsonl) if step else []
-        kept = [row for row in rows if row["step"] <= step]
+    def _set_aside_earlier_run(self) -> None:
+        """``metrics.csv`` becomes ``metrics-1.csv``, or the next number that is free."""
+        if not _rows(self._jsonl):
+            return
+        numbers = itertools.count(1)
+        places = ([f.with_stem(f"{f.stem}-{n}") for f in (self._jsonl, self._csv)] for n in numbers)
+        free = next(place for place in places if not any(path.exists() for path in place))
+        for file, place in zip((self._jsonl, self._csv), free, strict=True):
+            if file.exists():
+                file.rename(place)
+
+    def _keep_rows_until(self, step: int, validated: bool) -> None:
+        kept = [
+            row
+            for row in _rows(self._jsonl)
+            if row["step"] < step
+            or (row["step"] == step and (validated or row.get("phase") != "validation"))
+        ]
         write(self._jsonl, "".join(_line(row) for row in kept).encode(), "train")
         table = _csv_text([COLUMNS]) + "".join(_csv_text(_entries(row)) for row in kept)
         write(self._csv, table.encode(), "train")

@@ -10,8 +10,15 @@ from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationErr
 
 SomeOptions = TypeVar("SomeOptions", bound="Options")
 
-# A path, in which "~" is the home folder.
-Folder = Annotated[Path, Field(strict=False), AfterValidator(Path.expanduser)]
+
+# A path, in which "~" is the home folder. (An empty one would be this folder.)
+def _folder(path: Path) -> Path:
+    if path == Path():
+        raise ValueError("the name of a folder is empty")
+    return path.expanduser()
+
+
+Folder = Annotated[Path, Field(strict=False), AfterValidator(_folder)]
 
 
 class Options(BaseModel):
@@ -107,6 +114,15 @@ class OptimizerOptions(Options):
     def _betas_are_fractions(self) -> OptimizerOptions:
         if self.betas is not None and not all(0 <= beta < 1 for beta in self.betas):
             raise ValueError("betas must lie in [0, 1)")
+        return self
+
+    @model_validator(mode="after")
+    def _settings_are_of_this_optimizer(self) -> OptimizerOptions:
+        foreign = "betas" if self.name == "sgd" else "momentum"
+        if foreign in self.model_fields_set and getattr(self, foreign) is not None:
+            raise ValueError(
+                f"{self.name} has no {foreign}: leave it out, or take another optimizer"
+            )
         return self
 
 
@@ -225,7 +241,7 @@ class TrainerOptions(Options):
     checkpoints: Checkpoints | None = None
     resume: Literal["auto", "never", "must"] = "auto"
     log: LogOptions | None = None
-    seed: int | None = Field(0, ge=0)
+    seed: int | None = Field(0, ge=0, lt=2**63)
     threads: int | Literal["auto"] = Field("auto")
     workers: int | Literal["auto"] = Field("auto")
     drop_last: bool = False

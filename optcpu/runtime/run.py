@@ -19,6 +19,7 @@ from optcpu.runtime.checkpoint.rng import rng_state, set_rng_state
 from optcpu.runtime.clock import Clock
 from optcpu.runtime.data.loading import Feed
 from optcpu.runtime.freezing.freezer import DynamicFreezer
+from optcpu.runtime.schedule import Schedule
 from optcpu.runtime.step import (
     MicroBatches,
     gradients_by_name,
@@ -164,6 +165,20 @@ class Run:
         self.optimizer.load_state_dict(state["optimizer"])
         self.optimizer.zero_grad(set_to_none=True)
 
+    def _optimizer_settings(self) -> list[dict[str, Any]]:
+        """What is set for each group of parameters, but for what schedules move.
+
+        The trainer's own schedule follows a new learning rate at once.
+        """
+        moved = {"params", "lr", "betas", "momentum", "max_lr", "min_lr", "max_momentum"}
+        moved |= {"base_momentum"}
+        if isinstance(self.scheduler, Schedule):
+            moved = {"params", "lr", "initial_lr"}
+        return [
+            {name: value for name, value in group.items() if name not in moved}
+            for group in self.optimizer.param_groups
+        ]
+
     def load_state_dict(self, state: dict[str, Any]) -> dict[str, Any] | None:
         """The whole run as it was.
 
@@ -181,9 +196,9 @@ class Run:
                 "trainer the settings of that run, or another folder for checkpoints"
             )
         gemm.adopt(state["kernels"])
-        given = _settings(self.optimizer)
+        given = self._optimizer_settings()
         self.load_weights(state)
-        _tell_changes(given, _settings(self.optimizer))
+        _tell_changes(given, self._optimizer_settings())
         self.scheduler.load_state_dict(state["scheduler"])
         self._load_callbacks(state["callbacks"])
         self.clock.load_state_dict(state["clock"])
@@ -242,14 +257,6 @@ class Run:
         set_rng_state(saved["rng"])
         self.feed.load_state_dict(saved["feed"])
         set_rng_state(saved["rng"])
-
-
-def _settings(optimizer: Optimizer) -> list[dict[str, Any]]:
-    """What is set for each group of parameters, but for the rate that a schedule has made of its own."""
-    return [
-        {name: value for name, value in group.items() if name not in ("params", "lr")}
-        for group in optimizer.param_groups
-    ]
 
 
 def _tell_changes(given: list[dict[str, Any]], saved: list[dict[str, Any]]) -> None:

@@ -178,6 +178,37 @@ class StepRunner:
             step.bad = "another process met a loss that is not finite"
 
 
+class BufferKeeper:
+    """Puts buffers back that the forward pass of a step has changed, as a step that is left out must.
+
+    Args:
+        owners: modules, with the running statistics of batch norms, say; anything else is passed over.
+    """
+
+    def __init__(self, *owners: Any) -> None:
+        self._owners = [owner for owner in owners if isinstance(owner, nn.Module)]
+        self._kept: dict[Tensor, tuple[int, Tensor]] = {}
+
+    def keep(self) -> None:
+        """Take note of what the buffers are; those that cannot have changed since then cost nothing."""
+        kept, self._kept = self._kept, {}
+        for owner in self._owners:
+            for module in owner.modules():
+                # Its kernels write running statistics without counting that as a change.
+                uncounted = isinstance(module, nn.modules.batchnorm._NormBase)
+                for buffer in module.buffers(recurse=False):
+                    version, copy = kept.get(buffer, (-1, None))
+                    if copy is None or uncounted or version != buffer._version:
+                        copy = buffer.detach().clone()
+                    self._kept[buffer] = buffer._version, copy
+
+    @torch.no_grad()
+    def put_back(self) -> None:
+        """Make the buffers what they were when they were kept."""
+        for buffer, (_, copy) in self._kept.items():
+            buffer.copy_(copy)
+
+
 def trained_parameters(model: nn.Module, loss: Loss) -> dict[str, nn.Parameter]:
     """The parameters of the model by name, and those of a loss that is a module, as ``loss.weight``."""
     parameters = dict(model.named_parameters())

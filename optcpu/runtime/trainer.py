@@ -16,6 +16,7 @@ from torch.optim import Optimizer
 from optcpu.errors import OptcpuError
 from optcpu.measure.batches import Batch, Loss, default_loss
 from optcpu.runtime.build import (
+    check_functions,
     check_monitors,
     check_optimizer,
     checked_callbacks,
@@ -36,9 +37,10 @@ from optcpu.runtime.display import Display
 from optcpu.runtime.freezing.freezer import DynamicFreezer
 from optcpu.runtime.loop import Loop
 from optcpu.runtime.metrics_log import MetricsLog
+from optcpu.runtime.modes import modes_kept
 from optcpu.runtime.options import OptimizerOptions, ScheduleOptions, TrainerOptions, read_options
 from optcpu.runtime.placement import settle
-from optcpu.runtime.run import Run
+from optcpu.runtime.run import Position, Run
 from optcpu.runtime.signals import StopRequest
 from optcpu.runtime.step import StepRunner, samples_in, trained_parameters
 from optcpu.runtime.stopping import Stopper
@@ -137,6 +139,7 @@ class Trainer:
     ) -> None:
         if not isinstance(model, nn.Module):
             raise TypeError(f"model must be a torch.nn.Module, not {type(model).__name__}")
+        check_functions(loss=loss, size_of=size_of, collate_fn=collate_fn)
         if isinstance(optimizer, Optimizer) and lr is not None:
             raise ValueError("lr is for an optimizer that the trainer makes; set it in yours")
         settings = dict(options)
@@ -151,6 +154,8 @@ class Trainer:
         self._loss: Loss = default_loss if loss is None else loss
         self._metrics = check_metrics(metrics)
         check_monitors(self.options, names_of(self._metrics), validation_data is not None)
+        if validation_data is None and (self._metrics or self.options.validate_every):
+            raise ValueError("metrics and validate_every need validation_data: give them, too")
         self._callbacks = checked_callbacks(callbacks)
         self._size_of = size_of
         self._world = World.join(compress=self.options.compress_gradients)
@@ -184,6 +189,7 @@ class Trainer:
         )
         self._stop = StopRequest()
         self._run: Run | None = None
+        self._begun = False
 
     @property
     def is_first_process(self) -> bool:
@@ -214,13 +220,13 @@ class Trainer:
             OptcpuError: data, checkpoints or log cannot be read or written.
         """
         self._stop = StopRequest()
-        threads, was_training = torch.get_num_threads(), self.model.training
+        threads = torch.get_num_threads()
         torch.set_num_threads(self._threads)
-        self.model.train()
         try:
-            return self._train()
+            with modes_kept(self.model):
+                self.model.train()
+                return self._train()
         finally:
-            self.model.train(was_training)
             torch.set_num_threads(threads)
 
     def _train(self) -> TrainingResult:
@@ -230,6 +236,11 @@ class Trainer:
         if run is None:
             run = self._make_run()
             saved = self._checkpoint(folder)
+            if saved is None and self._begun:
+                raise OptcpuError(
+                    "this run has ended in an error, and there is no checkpoint to go on from: make model, "
+                    "optimizer and trainer anew; checkpoints='folder' keeps what is trained"
+                )
             if saved is None:
                 self._share_weights()
                 self._seed()
@@ -237,7 +248,7 @@ class Trainer:
                 pending = run.load_state_dict(saved.state)
         shown = options.progress if world.first else False
         with (
-            contextlib.closing(_Log(options, run.position.step, world)) as log,
+            contextlib.closing(_Log(options, run.position, world)) as log,
             Display(shown, self._total_steps, run.position.step) as display,
         ):
             loop = Loop(
@@ -262,6 +273,7 @@ class Trainer:
                 loop.save_first()
             for callback in self._callbacks:
                 callback.on_train_begin(self)
+            self._begun = True
             stopped_by = loop.go()
         self._run = run
         position = run.position
@@ -295,7 +307,9 @@ class Trainer:
         """
         if self._validation is None:
             raise OptcpuError("there is nothing to validate on: give the trainer validation_data")
-        results = validate(self.model, self._validation(), self._loss, self._metrics)
+        results = validate(
+            self.model, self._validation(), self._loss, self._metrics, size_of=self._size_of
+        )
         assert results is not None
         return results
 
@@ -306,7 +320,7 @@ class Trainer:
             self._loss,
             self._world,
             max_grad_norm=self.options.max_grad_norm,
-            check_gradients=self.options.on_nan == "skip",
+            check_gradients=self.options.on_nan != "stop",  # there the next loss, or the end, tells
             local_steps=self.options.local_steps,
         )
 
@@ -363,11 +377,14 @@ class Trainer:
 class _Log:
     """The metrics log of the first process, if one is wanted."""
 
-    def __init__(self, options: TrainerOptions, step: int, world: World) -> None:
+    def __init__(self, options: TrainerOptions, position: Position, world: World) -> None:
         self.file: MetricsLog | None = None
         if options.log is not None and world.first:
             self.file = MetricsLog(
-                options.log.folder, tensorboard=options.log.tensorboard, after_step=step
+                options.log.folder,
+                tensorboard=options.log.tensorboard,
+                after_step=position.step,
+                validated=position.validated == position.step,
             )
 
     def close(self) -> None:

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from optcpu.errors import OptcpuError
 from optcpu.measure.batches import Batch, Loss, as_batches, call_model, units_in
 from optcpu.random_state import random_state_kept
+from optcpu.runtime.modes import modes_kept
 
 
 @runtime_checkable
@@ -32,20 +33,59 @@ _LABELS = ("labels", "label")
 Metric: TypeAlias = AccumulatingMetric | Callable[[Any, Batch], Any]
 
 
-def accuracy(output: Any, batch: Batch) -> Tensor:
-    """The share of targets whose class has the highest logit; targets of -100 do not count.
+class Accuracy:
+    """The share of targets that the highest logit meets; those of -100 do not count.
 
-    Args:
-        output: logits ``[..., classes]``, or an object with ``logits``.
-        batch: has the target ``[...]``.
+    Logits are ``[batch, classes]`` for targets ``[batch]``; ``[batch, ..., classes]`` or, as in
+    segmentation, ``[batch, classes, ...]`` for ``[batch, ...]``, whichever the shape of the target says
+    (the latter, as in PyTorch's cross entropy, where both would fit four or more dimensions). Logits of
+    the target's own shape, or with one class, are of two classes: positive is class 1.
     """
-    logits, target = predictions_of(output), target_of(batch)
-    counted = target != -100
-    hits = (logits.argmax(-1) == target) & counted
-    return hits.sum() / counted.sum().clamp(min=1)
+
+    def __init__(self) -> None:
+        self.reset()
+
+    def reset(self) -> None:
+        """Forget all batches."""
+        self._hits = self._counted = 0
+
+    def update(self, predictions: Tensor, target: Tensor) -> None:
+        """Take note of a batch.
+
+        Raises:
+            OptcpuError: no classes can be told from these shapes.
+        """
+        chosen = _classes(predictions, target)
+        counted = target != _IGNORED
+        self._hits += int(((chosen == target) & counted).sum())
+        self._counted += int(counted.sum())
+
+    def compute(self) -> float:
+        """Of all batches."""
+        return self._hits / max(1, self._counted)
 
 
-BUILT_IN: dict[str, Metric] = {"accuracy": accuracy}
+def _classes(logits: Tensor, target: Tensor) -> Tensor:
+    shape = tuple(target.shape)
+    if logits.shape == shape:
+        return (logits > 0).to(target.dtype)
+    if logits.shape == (*shape, 1):
+        return (logits.squeeze(-1) > 0).to(target.dtype)
+    behind, second = logits.shape[:-1] == shape, (logits.shape[0], *logits.shape[2:]) == shape
+    if second and (logits.dim() > 3 or not behind):
+        return logits.argmax(1)
+    if behind:
+        return logits.argmax(-1)
+    raise OptcpuError(
+        f"accuracy cannot compare an output of shape {list(logits.shape)} with a target of shape "
+        f"{list(shape)}: give logits [batch, classes, ...] and classes [batch, ...], or a function "
+        "metric(output, batch)"
+    )
+
+
+_IGNORED = -100  # as in PyTorch's cross entropy
+
+BUILT_IN: dict[str, Callable[[], Metric]] = {"accuracy": Accuracy}
 
 
 def predictions_of(output: Any) -> Tensor:
@@ -84,18 +124,20 @@ def validate(
     loss: Loss,
     metrics: Mapping[str, Metric],
     *,
+    size_of: Callable[[Batch], int] = units_in,
     interrupted: Callable[[], bool] = lambda: False,
 ) -> dict[str, float] | None:
     """``"loss"`` and each metric over all batches; the model's mode and all generators stay as they were.
 
-    The loss, and metrics that are functions, are means weighted by the number of samples.
+    The loss, and metrics that are functions, are means weighted by what ``size_of`` says of a batch.
 
     Args:
-        model: put into evaluation mode meanwhile.
+        model: in evaluation mode meanwhile, as a loss that is a module.
         batches: :mod:`optcpu.measure.batches` says what they may be.
         loss: of an output and its batch.
         metrics: functions ``(output, batch) -> number``, or metrics or collections of torchmetrics, by
             their names.
+        size_of: counts the samples in a batch.
         interrupted: asked after each batch.
 
     Returns:
@@ -110,24 +152,21 @@ def validate(
     accumulating = {n: m for n, m in metrics.items() if isinstance(m, AccumulatingMetric)}
     for metric in accumulating.values():
         metric.reset()
-    was_training = model.training
-    model.eval()
-    try:
-        with torch.no_grad(), random_state_kept():
-            for raw in batches:
-                (batch,) = as_batches(tuple(raw) if isinstance(raw, list) else raw)
-                size = units_in(batch)
-                output = call_model(model, batch)
-                sums["loss"] += _number("loss", loss(output, batch)) * size
-                for name, function in _functions(metrics).items():
-                    sums[name] += _number(name, function(output, batch)) * size
-                for metric in accumulating.values():
-                    metric.update(predictions_of(output), target_of(batch))
-                samples += size
-                if interrupted():
-                    return None
-    finally:
-        model.train(was_training)
+    with torch.no_grad(), random_state_kept(), modes_kept(model, loss) as modules:
+        for module in modules:
+            module.training = False
+        for raw in batches:
+            (batch,) = as_batches(tuple(raw) if isinstance(raw, list) else raw)
+            size = size_of(batch)
+            output = call_model(model, batch)
+            sums["loss"] += _number("loss", loss(output, batch)) * size
+            for name, function in _functions(metrics).items():
+                sums[name] += _number(name, function(output, batch)) * size
+            for metric in accumulating.values():
+                metric.update(predictions_of(output), target_of(batch))
+            samples += size
+            if interrupted():
+                return None
     if samples == 0:
         raise OptcpuError("the validation data are empty: give at least one batch")
     results = {name: total / samples for name, total in sums.items()}
@@ -178,7 +217,7 @@ def check_metrics(metrics: Mapping[str, Metric] | Iterable[str]) -> dict[str, Me
                 f"there is no metric {unknown[0]!r}; known by name are {', '.join(BUILT_IN)}, others "
                 "are given as {name: function}"
             )
-        return {name: BUILT_IN[name] for name in metrics}
+        return {name: BUILT_IN[name]() for name in metrics}
     for name, metric in metrics.items():
         if name == "loss":
             raise ValueError("a metric must not be called 'loss', which is there anyway")

@@ -354,6 +354,11 @@ def _is_dataset(data: Any) -> bool:
 
 
 def _warn_if_not_shared(data: Any) -> None:
+    if isinstance(data, (list, tuple)):
+        warn(
+            "each process goes through all of the training data, as they are a list of batches: give each "
+            "process a list of its own, or give a dataset"
+        )
     if isinstance(data, DataLoader) and not isinstance(data.dataset, IterableDataset):
         samplers = (data.sampler, data.batch_sampler, getattr(data.batch_sampler, "sampler", None))
         if not any(hasattr(s, "num_replicas") or hasattr(s, "world_size") for s in samplers):

@@ -5,6 +5,7 @@ import math
 import warnings
 from collections.abc import Iterator
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import psutil
@@ -18,6 +19,7 @@ from optcpu import Trainer
 from optcpu.errors import OptcpuError
 from optcpu.measure.batches import default_loss
 from optcpu.runtime import Callback, CheckpointFolder, TrainingDiverged
+from optcpu.runtime.loop import Loop
 
 
 class _BadIn:
@@ -401,3 +403,84 @@ def test_a_failure_between_epochs_loses_nothing(tmp_path: Path, station: str) ->
     assert resumed.train().steps == 4
     whole.train()
     assert_equal(tensors_of(resumed), tensors_of(whole))
+
+
+def test_a_skipped_step_leaves_running_statistics() -> None:
+    inputs, targets = small_data().tensors
+    inputs = inputs.clone()
+    inputs[3] = math.nan
+    model = small_model()
+    small_trainer(
+        model, TensorDataset(inputs, targets), on_nan="skip", accumulation_steps=1
+    ).train()
+    assert all(torch.isfinite(buffer).all() for buffer in model.buffers())
+
+
+def test_a_rescue_is_from_before_the_step_that_failed(tmp_path: Path) -> None:
+    """Running statistics as well: started again, it ends as if nothing had happened."""
+    calls = []
+
+    def failing(output: Any, batch: Any) -> Tensor:
+        calls.append(None)
+        if len(calls) == 6:  # in the middle of the second step
+            raise RuntimeError("once")
+        return default_loss(output, batch)
+
+    whole = small_model()
+    small_trainer(whole).train()
+    with pytest.raises(RuntimeError, match="once"):
+        small_trainer(small_model(), loss=failing, checkpoints=tmp_path).train()
+    resumed = small_model()
+    small_trainer(resumed, checkpoints=tmp_path).train()
+    for name, tensor in whole.state_dict().items():
+        assert torch.equal(resumed.state_dict()[name], tensor), name
+
+
+def test_weights_that_are_no_numbers_at_the_end_are_told() -> None:
+    """The loss of the last step is finite, its gradient is not."""
+
+    def loss(output: Tensor, batch: Any) -> Tensor:
+        return default_loss(output, batch) + (output - output.detach()).clamp(min=0).sqrt().sum()
+
+    with pytest.raises(
+        TrainingDiverged, match=r"after step 1 the weights of .* are not finite: lower"
+    ):
+        small_trainer(loss=loss, steps=1).train()
+
+
+def test_rollback_sees_a_gradient_that_is_no_number(tmp_path: Path) -> None:
+    model = small_model()
+    given: dict[str, Any] = {"checkpoints": {"folder": tmp_path, "every_steps": 1}, "steps": 4}
+    calls = []
+
+    def loss(output: Tensor, batch: Any) -> Tensor:
+        calls.append(None)
+        value = default_loss(output, batch)
+        infinite = (output - output.detach()).clamp(min=0).sqrt().sum()
+        return value + infinite if len(calls) == 3 else value
+
+    result = small_trainer(
+        model, loss=loss, on_nan="rollback", accumulation_steps=1, **given
+    ).train()
+    assert result.steps == 4
+    assert all(torch.isfinite(p).all() for p in model.parameters())
+
+
+def test_after_an_error_nothing_is_left_to_go_on_from() -> None:
+    class Raises(Callback):
+        def on_step_end(self, trainer: Any, metrics: dict[str, float]) -> None:
+            raise RuntimeError("once")
+
+    trainer = small_trainer(callbacks=[Raises()])
+    with pytest.raises(RuntimeError, match="once"):
+        trainer.train()
+    with pytest.raises(OptcpuError, match="ended in an error, and there is no checkpoint"):
+        trainer.train()
+
+
+def test_time_left_counts_the_validations_of_all_epochs() -> None:
+    """Of a run that is counted in steps, four to an epoch."""
+    loop = Loop.__new__(Loop)
+    loop._options = small_trainer(steps=40).options
+    loop._run = SimpleNamespace(feed=SimpleNamespace(length=16), position=SimpleNamespace(epoch=0))
+    assert [loop._epochs_left(steps) for steps in (40, 8, 1)] == [10, 2, 1]

@@ -55,6 +55,23 @@ def test_a_new_run_begins_anew(tmp_path: Path) -> None:
     MetricsLog(tmp_path).add("train", 1, 0, {"loss": 1.0})
     MetricsLog(tmp_path)
     assert _rows(tmp_path) == []
+    assert '"loss": 1.0' in (tmp_path / "metrics-1.jsonl").read_text()
+    assert (tmp_path / "metrics-1.csv").read_text().endswith("1,0,train,loss,1.0\n")
+    MetricsLog(tmp_path).add("train", 1, 0, {"loss": 2.0})
+    MetricsLog(tmp_path)
+    assert '"loss": 2.0' in (tmp_path / "metrics-2.jsonl").read_text()
+
+
+@pytest.mark.parametrize("validated", [False, True])
+def test_a_validation_that_is_made_again_is_taken_out(tmp_path: Path, validated: bool) -> None:
+    log = MetricsLog(tmp_path)
+    for step in (1, 2):
+        log.add("train", step, 0, {"loss": 1.0})
+        log.add("validation", step, 0, {"loss": 1.0})
+    MetricsLog(tmp_path, after_step=2, validated=validated)
+    rows = [(row["step"], row["phase"]) for row in _rows(tmp_path)]
+    expected = [(1, "train"), (1, "validation"), (2, "train"), (2, "validation")]
+    assert rows == (expected if validated else expected[:3])
 
 
 def test_a_folder_that_cannot_be_is_told(tmp_path: Path) -> None:

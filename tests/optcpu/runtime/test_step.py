@@ -8,8 +8,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
 
+import optcpu
 from optcpu.measure.batches import default_loss, units_in
 from optcpu.runtime.step import (
+    BufferKeeper,
     MicroBatches,
     StepRunner,
     collect,
@@ -121,3 +123,25 @@ def test_gradients_are_put_back() -> None:
     restore_gradients(parameters, gradients)
     for name, gradient in gradients_by_name(parameters).items():
         assert torch.equal(gradient, gradients[name])
+
+
+@pytest.mark.parametrize("compiled", [False, pytest.param(True, marks=pytest.mark.slow)])
+def test_buffers_are_put_back(compiled: bool) -> None:
+    model = nn.Sequential(nn.Linear(4, 3), nn.BatchNorm1d(3))
+    model.register_buffer("table", torch.zeros(2))
+    if compiled:
+        optcpu.optimize(model, precision="fp32")
+    keeper = BufferKeeper(model, None)
+    keeper.keep()
+    before = {name: buffer.clone() for name, buffer in model.named_buffers()}
+    model(torch.randn(8, 4))
+    assert not torch.equal(model[1].running_mean, before["1.running_mean"])
+    keeper.put_back()
+    for name, buffer in model.named_buffers():
+        assert torch.equal(buffer, before[name])
+    model(torch.randn(8, 4))
+    keeper.keep()
+    later = model[1].running_mean.clone()
+    model(torch.randn(8, 4))
+    keeper.put_back()
+    assert torch.equal(model[1].running_mean, later)

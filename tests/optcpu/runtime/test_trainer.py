@@ -13,6 +13,7 @@ import optcpu
 from optcpu import Trainer
 from optcpu.errors import OptcpuError
 from optcpu.optimize import compiled_call
+from optcpu.runtime import Callback
 from optcpu.runtime.build import update_in_backward
 
 
@@ -133,6 +134,18 @@ def test_learning() -> None:
         ({"optimizer": {"name": "adamm"}}, ValueError, "optimizer.name is 'adamm'"),
         ({"scheduler": 3}, TypeError, "scheduler must be one of PyTorch's"),
         ({"scheduler": "cosin"}, ValueError, "schedule.name is 'cosin'"),
+        (
+            {"loss": nn.CrossEntropyLoss()},
+            TypeError,
+            r"lambda output, batch: criterion\(output, batch",
+        ),
+        ({"loss": "mse"}, TypeError, "loss must be a function, not str"),
+        ({"size_of": 3}, TypeError, "size_of must be a function, not int"),
+        ({"collate_fn": 3}, TypeError, "collate_fn must be a function, not int"),
+        ({"callbacks": Callback()}, TypeError, "callbacks must be a list of them"),
+        ({"metrics": ["accuracy"]}, ValueError, "need validation_data"),
+        ({"validate_every": 3}, ValueError, "need validation_data"),
+        ({"optimizer": {"lr": 0.1}, "lr": 0.2}, ValueError, "lr is 0.2, and optimizer.lr is 0.1"),
         ({"callbacks": [print]}, TypeError, "callbacks must be optcpu.runtime.Callback objects"),
         ({"epoch": 3}, ValueError, "no setting 'epoch'; did you mean 'epochs'"),
         ({"data": torch.ones(3, 6)}, TypeError, "tensors are no stream of batches"),

@@ -11,7 +11,14 @@ from torch.utils.data import DataLoader, TensorDataset
 
 from optcpu.errors import OptcpuError
 from optcpu.measure.batches import default_loss
-from optcpu.runtime.validation import accuracy, check_metrics, names_of, validate
+from optcpu.runtime.validation import (
+    Accuracy,
+    check_metrics,
+    names_of,
+    predictions_of,
+    target_of,
+    validate,
+)
 
 INPUTS, TARGETS = torch.randn(10, 4), torch.randint(3, (10,))
 
@@ -19,7 +26,7 @@ INPUTS, TARGETS = torch.randn(10, 4), torch.randint(3, (10,))
 def test_means_are_over_samples_not_batches() -> None:
     model = nn.Linear(4, 3)
     batches = list(DataLoader(TensorDataset(INPUTS, TARGETS), batch_size=4))
-    results = validate(model, batches, default_loss, {"accuracy": accuracy})
+    results = validate(model, batches, default_loss, {"accuracy": Accuracy()})
     assert results is not None
     logits = model(INPUTS)
     assert results["loss"] == pytest.approx(nn.functional.cross_entropy(logits, TARGETS).item())
@@ -48,7 +55,7 @@ def test_metrics_of_torchmetrics() -> None:
     model = nn.Linear(4, 3)
     batches = list(DataLoader(TensorDataset(INPUTS, TARGETS), batch_size=4))
     for _ in range(2):  # what an earlier validation saw is forgotten
-        results = validate(model, batches, default_loss, {"theirs": metric, "ours": accuracy})
+        results = validate(model, batches, default_loss, {"theirs": metric, "ours": Accuracy()})
         assert results is not None
         assert results["theirs"] == pytest.approx(results["ours"])
 
@@ -70,17 +77,96 @@ def test_no_data() -> None:
         validate(nn.Linear(4, 3), [], default_loss, {})
 
 
+def accuracy(logits: Tensor, target: Tensor) -> float:
+    metric = Accuracy()
+    metric.update(logits, target)
+    return metric.compute()
+
+
 def test_accuracy_by_hand() -> None:
     logits = torch.tensor([[0.0, 1.0], [1.0, 0.0], [0.0, 1.0]])
-    assert accuracy(logits, (None, torch.tensor([1, 1, -100]))) == 0.5
+    assert accuracy(logits, torch.tensor([1, 1, -100])) == 0.5
+
+
+@pytest.mark.parametrize("shape", [(4, 1), (4,), (4, 3)])
+def test_accuracy_of_two_classes(shape: tuple[int, ...]) -> None:
+    """What binary cross entropy takes: logits and targets of one shape."""
+    target = torch.randint(2, shape).float()
+    logits = target - 0.5
+    logits[0] *= -1
+    assert accuracy(logits, target) == 0.75
+    assert accuracy(logits.unsqueeze(-1), target) == 0.75
+
+
+@pytest.mark.parametrize("side", [4, 5])
+def test_accuracy_of_segmentation(side: int) -> None:
+    """Also where classes and pixels are as many."""
+    logits = torch.randn(2, 4, side, side)
+    target = torch.randint(4, (2, side, side))
+    expected = (logits.argmax(1) == target).float().mean().item()
+    assert accuracy(logits, target) == pytest.approx(expected)
+
+
+def test_accuracy_of_sequences() -> None:
+    logits, target = torch.randn(2, 5, 7), torch.randint(7, (2, 5))
+    expected = (logits.argmax(-1) == target).float().mean().item()
+    assert accuracy(logits, target) == pytest.approx(expected)
+
+
+def test_accuracy_counts_targets_and_not_batches() -> None:
+    metric = Accuracy()
+    metric.update(torch.tensor([[1.0, 0.0]] * 4), torch.tensor([0, 1, 1, 1]))
+    metric.update(torch.tensor([[1.0, 0.0]] * 4), torch.tensor([0, -100, -100, -100]))
+    assert metric.compute() == 0.4
+    metric.reset()
+    assert metric.compute() == 0
+
+
+def test_accuracy_of_what_has_no_classes() -> None:
+    with pytest.raises(OptcpuError, match=r"output of shape \[4, 3\] with a target of shape \[5\]"):
+        accuracy(torch.randn(4, 3), torch.zeros(5))
+
+
+def test_the_loss_is_weighted_as_training_weights_it() -> None:
+    def counted(batch: Any) -> int:
+        return int((batch[1] >= 0).sum())
+
+    model = nn.Linear(4, 3)
+    first, second = TARGETS[:5].clone(), TARGETS[5:].clone()
+    first[1:] = -100
+    batches = [(INPUTS[:5], first), (INPUTS[5:], second)]
+    results = validate(model, batches, default_loss, {}, size_of=counted)
+    assert results is not None
+    expected = nn.functional.cross_entropy(model(INPUTS), torch.cat([first, second]))
+    assert results["loss"] == pytest.approx(expected.item())
+
+
+def test_each_module_keeps_its_mode() -> None:
+    class WithDropout(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.drop = nn.Dropout()
+            self.modes: list[bool] = []
+
+        def forward(self, output: Tensor, batch: Any) -> Tensor:
+            self.modes.append(self.drop.training)
+            return self.drop(output).sum()
+
+    model = nn.Sequential(nn.Linear(4, 3), nn.BatchNorm1d(3))
+    model[1].eval()
+    loss = WithDropout()
+    validate(model, [(INPUTS, TARGETS)], loss, {})
+    assert (model.training, model[0].training, model[1].training) == (True, True, False)
+    assert loss.modes == [False]
+    assert loss.drop.training
 
 
 def test_wrong_metrics_are_named() -> None:
-    assert check_metrics(["accuracy"]) == {"accuracy": accuracy}
+    assert isinstance(check_metrics(["accuracy"])["accuracy"], Accuracy)
     with pytest.raises(ValueError, match=r"no metric 'acc'; known by name are accuracy"):
         check_metrics(["acc"])
     with pytest.raises(ValueError, match="must not be called 'loss'"):
-        check_metrics({"loss": accuracy})
+        check_metrics({"loss": Accuracy()})
     with pytest.raises(TypeError, match="metric 'a' must be a function"):
         check_metrics({"a": 3})  # type: ignore[dict-item]
     for alone in ("accuracy", torchmetrics_accuracy()):
@@ -99,10 +185,10 @@ def test_a_collection_of_torchmetrics() -> None:
         "accuracy": torchmetrics_accuracy(),
         "f1": torchmetrics.F1Score("multiclass", num_classes=3),
     }
-    metrics = {"all": torchmetrics.MetricCollection(parts), "ours": accuracy}
+    metrics = {"all": torchmetrics.MetricCollection(parts), "ours": Accuracy()}
     results = validate(nn.Linear(4, 3), [(INPUTS, TARGETS)], default_loss, metrics)
     assert results is not None
-    assert list(results) == ["loss", "ours", "all.accuracy", "all.f1"]
+    assert list(results) == ["loss", "all.accuracy", "all.f1", "ours"]
     assert set(results) == set(names_of(metrics))
     assert results["all.accuracy"] == pytest.approx(results["ours"])
 
@@ -111,9 +197,9 @@ def test_a_collection_of_torchmetrics() -> None:
 def test_labels_of_a_batch_that_is_a_dict(labels: str) -> None:
     logits = torch.tensor([[0.0, 1.0], [1.0, 0.0]])
     batch = {"x": torch.ones(2, 3), labels: torch.tensor([1, 1])}
-    assert accuracy({"logits": logits}, batch) == 0.5
+    assert accuracy(predictions_of({"logits": logits}), target_of(batch)) == 0.5
     with pytest.raises(OptcpuError, match="a metric needs a target: the last element of a batch"):
-        accuracy(logits, {"x": torch.ones(2, 3)})
+        target_of({"x": torch.ones(2, 3)})
 
 
 @pytest.mark.parametrize("value", [torch.ones(3), None, "much"])

@@ -34,12 +34,22 @@ torch.set_num_threads(1)
 torch.manual_seed(0)
 given = json.loads(sys.argv[1])
 losses = Dying()
+data = small_data(64)
+if "UNEVEN" in os.environ:
+    samples = data
+
+    class Uneven(torch.utils.data.IterableDataset):
+        def __iter__(self):
+            rank = int(os.environ.get("RANK", 0))
+            return iter([samples[i] for i in range(rank, 29 - rank, 2)])
+
+    data = Uneven()
 model = torch.nn.Sequential(torch.nn.Linear(6, 8), torch.nn.Tanh(), torch.nn.Linear(8, 3))
-trainer = small_trainer(model, small_data(64), callbacks=[losses], threads=1, **given)
+trainer = small_trainer(model, data, callbacks=[losses], threads=1, **given)
 result = trainer.train()
 weights = torch.cat([p.detach().flatten() for p in model.parameters()]).tolist()
 out = {"losses": losses.losses, "weights": weights, "bytes": trainer._world.bytes_sent,
-       "steps": result.steps, "metrics": result.metrics,
+       "steps": result.steps, "samples": result.samples, "metrics": result.metrics,
        "trained": [p.requires_grad for p in model.parameters()]}
 with open(f"{sys.argv[2]}-{os.environ.get('RANK', 0)}.json", "w") as file:
     json.dump(out, file)
@@ -117,6 +127,19 @@ def test_a_lost_process_ends_the_job_and_the_checkpoint_goes_on_with_one(tmp_pat
 
 
 @pytest.mark.slow
+def test_an_epoch_ends_for_all_where_one_has_no_data_left(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Of 15 and 14 samples in batches of 7 there are three and two."""
+    monkeypatch.setenv("UNEVEN", "1")
+    given: dict[str, Any] = {"epochs": 2, "accumulation_steps": 1}
+    checkpoints = {"folder": str(tmp_path / "checkpoints"), "every_steps": 3}
+    both, _ = _run(tmp_path, 2, "out", batch_size=7, checkpoints=checkpoints, **given)
+    assert [one["steps"] for one in both] == [4, 4]
+    assert both[0]["weights"] == both[1]["weights"]
+
+
+@pytest.mark.slow
 def test_all_processes_freeze_the_same_at_the_same_step(tmp_path: Path) -> None:
     given: dict[str, Any] = {"epochs": 3, "optimizer": "sgd", "accumulation_steps": 1}
     freezing = {"window": 3, "patience": 1, "percentile": 100.0}
@@ -138,6 +161,7 @@ def test_local_sgd_sends_less_and_learns_as_much(tmp_path: Path) -> None:
     given.pop("lr")
     local, _ = _run(tmp_path, 2, "local", lr=None, optimizer=lookahead, local_steps=20, **given)
     assert local[0]["weights"] == local[1]["weights"]
+    assert local[0]["samples"] == each[0]["samples"]
     assert each[0]["bytes"] >= 15 * local[0]["bytes"]
     assert sum(local[0]["losses"][-16:]) / 16 < 0.5
     assert sum(each[0]["losses"][-16:]) / 16 < 0.5
