@@ -33,7 +33,8 @@ def read_config(path: Path, overrides: dict[str, Any] | None = None) -> RunConfi
 
     Args:
         path: of the file.
-        overrides: settings by dotted names, as in ``{"optimizer.lr": 0.01}``, that come before it.
+        overrides: settings by dotted names, as in ``{"optimizer.lr": 0.01}``, that come before it;
+            ``steps`` stands in for the file's ``epochs``, and the other way round.
 
     Raises:
         OptcpuError: the file cannot be read or is not TOML.
@@ -46,7 +47,11 @@ def read_config(path: Path, overrides: dict[str, Any] | None = None) -> RunConfi
         raise OptcpuError(f"cannot read {path}: {error.strerror}") from error
     except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
         raise OptcpuError(f"{path} is not TOML: {error}") from error
-    for name, value in (overrides or {}).items():
+    overrides = overrides or {}
+    for length, other in (("steps", "epochs"), ("epochs", "steps")):
+        if length in overrides and other not in overrides:
+            settings.pop(other, None)
+    for name, value in overrides.items():
         _set(settings, name.split("."), value)
     return read_options(RunConfig, settings, str(path))
 

@@ -248,6 +248,7 @@ class Trainer:
                 pending = run.load_state_dict(saved.state)
         shown = options.progress if world.first else False
         with (
+            contextlib.nullcontext() if folder is None or not world.first else folder.in_use(),
             contextlib.closing(_Log(options, run.position, world)) as log,
             Display(shown, self._total_steps, run.position.step) as display,
         ):

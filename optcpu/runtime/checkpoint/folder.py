@@ -5,6 +5,7 @@
         step-00001300/
         best.json        the step of the best one, if one was said to be
         .lock            held while one process saves
+        .run             held while a run is at work, with the number of its process in it
         .step-*.new      being written; of no use if its writer has died
         .step-*.old      set aside while a checkpoint of the same step takes its place
         .step-*.removed  being deleted
@@ -27,6 +28,8 @@ from contextlib import contextmanager, suppress
 from os import PathLike
 from pathlib import Path
 from typing import IO, Any, overload
+
+import psutil
 
 from optcpu.errors import OptcpuError, warn
 from optcpu.runtime.checkpoint.format import (
@@ -183,6 +186,36 @@ class CheckpointFolder:
             ) from error
         return path if path.is_dir() else None
 
+    @contextmanager
+    def in_use(self) -> Iterator[None]:
+        """Keep other runs out of the folder meanwhile. What a killed run has left keeps nobody out.
+
+        Raises:
+            OptcpuError: another run is at work in it, or it cannot be made.
+        """
+        try:
+            self.path.mkdir(parents=True, exist_ok=True)
+            file = (self.path / ".run").open("a+")
+        except OSError as error:
+            raise OptcpuError(
+                f"cannot keep checkpoints in {self.path}: {error.strerror}. {_remedy(error, 0)}"
+            ) from error
+        with file:
+            # A worker process that outlives a killed run for a while has inherited its lock.
+            if not _lock(file) and (holder := _process_in(file)) is not None:
+                raise OptcpuError(
+                    f"process {holder} is training into {self.path} already: give each run a folder of "
+                    "its own, or end that one"
+                )
+            file.truncate(0)
+            file.write(str(os.getpid()))
+            file.flush()
+            try:
+                yield
+            finally:
+                with suppress(OSError):
+                    fcntl.flock(file, fcntl.LOCK_UN)
+
     def path_of(self, step: int) -> Path:
         """Where the checkpoint of a step is, or would be."""
         return self.path / f"step-{step:08d}"
@@ -310,7 +343,14 @@ def _locked(path: Path) -> Iterator[None]:
                 fcntl.flock(file, fcntl.LOCK_UN)
 
 
-def _lock(file: IO[bytes]) -> bool:
+def _process_in(file: IO[str]) -> int | None:
+    """The process whose number is in ``file``, if it lives."""
+    file.seek(0)
+    number = file.read().strip()
+    return int(number) if number.isdigit() and psutil.pid_exists(int(number)) else None
+
+
+def _lock(file: IO[Any]) -> bool:
     try:
         fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:

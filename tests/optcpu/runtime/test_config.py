@@ -103,6 +103,13 @@ def test_wrong_settings_are_named_with_the_file(
     assert str(config_file) in str(caught.value)
 
 
+def test_steps_stand_in_for_epochs(config_file: Path) -> None:
+    config = read_config(config_file, {"steps": 7})
+    assert (config.steps, config.epochs) == (7, None)
+    with pytest.raises(ValueError, match="not both of them"):
+        read_config(config_file, {"steps": 7, "epochs": 3})
+
+
 def test_a_file_that_is_not_there_or_not_toml(tmp_path: Path) -> None:
     with pytest.raises(OptcpuError, match=r"cannot read .*none.toml: No such file"):
         read_config(tmp_path / "none.toml")

@@ -90,7 +90,9 @@ def test_killed_at_random_moments(tmp_path: Path) -> None:
 
     count, draw = 1, random.Random(0)
     folder.save(state(count), step=0)
-    for _ in range(30):
+    kills = 0
+    while kills < 30 or count <= 10:  # a busy machine saves little between two kills
+        kills += 1
         read, write = os.pipe()
         child = forked(lambda write=write, count=count: save_on_and_on(write, count))
         os.close(write)
@@ -101,7 +103,6 @@ def test_killed_at_random_moments(tmp_path: Path) -> None:
             finished = [count, *map(int, pipe.read().split())][-1]
         count = loaded(folder)
         assert finished <= count <= finished + 1
-    assert count > 10
 
 
 @pytest.mark.parametrize("step", [1, 2], ids=["the same step", "the next step"])

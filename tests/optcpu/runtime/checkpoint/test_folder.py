@@ -6,6 +6,8 @@ import errno
 import fcntl
 import os
 import shutil
+import subprocess
+import sys
 import tempfile
 import threading
 import warnings
@@ -427,3 +429,34 @@ def test_a_full_disk(folder: CheckpointFolder, monkeypatch: pytest.MonkeyPatch, 
     )
     assert sorted(os.listdir(folder.path)) == [".lock", "step-00000001"]
     assert loaded(folder) == 1
+
+
+def test_two_runs_at_once_are_refused(tmp_path: Path) -> None:
+    folder = CheckpointFolder(tmp_path / "new")
+    with folder.in_use():
+        told = rf"process {os.getpid()} is training into .*new already: give each run a folder"
+        with pytest.raises(OptcpuError, match=told), folder.in_use():
+            pass
+        folder.save({"a": 1}, 1)  # which has a lock of its own
+    with folder.in_use():
+        assert folder.load() is not None
+
+
+def test_what_a_killed_run_has_left_keeps_nobody_out(tmp_path: Path) -> None:
+    ended = subprocess.Popen([sys.executable, "-c", ""])
+    ended.wait()
+    with (tmp_path / ".run").open("w") as left:  # as a worker process of it does
+        left.write(str(ended.pid))
+        left.flush()
+        fcntl.flock(left, fcntl.LOCK_EX)
+        with CheckpointFolder(tmp_path).in_use():
+            assert (tmp_path / ".run").read_text() == str(os.getpid())
+
+
+def test_a_folder_that_cannot_be_used_is_told_before_the_run(tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("")
+    with (
+        pytest.raises(OptcpuError, match=r"cannot keep checkpoints in .*file: "),
+        CheckpointFolder(tmp_path / "file").in_use(),
+    ):
+        pass
