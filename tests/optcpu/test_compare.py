@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import copy
 import functools
+import importlib
 import os
 import signal
 import subprocess
@@ -9,6 +10,7 @@ import sys
 import tempfile
 import textwrap
 import time
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +21,7 @@ from torch import Tensor, nn
 
 from optcpu.compare import Comparison, Row, _notes_on_noise, compare
 from optcpu.errors import WorkerError
+from tests.optcpu.measure.conftest import LIMITS
 
 X = torch.randn(32, 64)
 Y = torch.randint(0, 10, (32,))
@@ -48,6 +51,15 @@ class Stale(nn.Module):
         if self.kept is None:
             self.kept = weight.detach().clone()
         return x @ (self.kept + weight - weight.detach()).T + self.linear.bias
+
+
+@pytest.fixture(scope="module", autouse=True)
+def limits() -> Iterator[None]:
+    """Those of this machine are measured in tests of their own, and where a script is run."""
+    with pytest.MonkeyPatch.context() as patch:
+        compare_module = importlib.import_module("optcpu.compare")
+        patch.setattr(compare_module, "measure_limits", lambda threads: LIMITS)
+        yield
 
 
 @pytest.fixture(scope="module")
@@ -266,6 +278,18 @@ def environment(folder: Path) -> dict[str, str]:
     return {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path), "TMPDIR": str(folder)}
 
 
+def test_the_ideal_step_is_that_of_the_model(measured: Comparison) -> None:
+    """Two products backward for the second layer, one for the first; SGD has no state."""
+    ideal = measured.ideal
+    first, second = 2 * 32 * 64 * 128, 2 * 32 * 128 * 10
+    assert ideal.flops == measured.accumulation_steps * (2 * first + 3 * second)
+    assert ideal.peak == LIMITS.peak(ideal.dtype)
+    assert ideal.update_bytes == {"fp32": 4, "bf16": 2}[ideal.dtype] * 3 * measured.parameters
+    row = measured["eager-fp32"]
+    assert row.step_ms is not None
+    assert row.of_ideal == pytest.approx(ideal.step_ms / row.step_ms)
+
+
 def test_a_script_needs_no_guard_and_shows_progress_as_lines(tmp_path: Path) -> None:
     done = subprocess.run(
         script(tmp_path, ["eager-fp32"]),
@@ -276,7 +300,8 @@ def test_a_script_needs_no_guard_and_shows_progress_as_lines(tmp_path: Path) -> 
     )
     assert done.stdout == "[None] [[]]\n"
     lines = [line.removeprefix("optcpu compare: ") for line in done.stderr.splitlines()]
-    assert lines == ["checking the model", "eager-fp32", "warm-up", "round 1/1"]
+    before, after = ["checking the model", "measuring this machine"], "measuring this machine again"
+    assert lines == [*before, "eager-fp32", "warm-up", "round 1/1", after]
 
 
 @pytest.mark.slow
