@@ -73,8 +73,8 @@ class Backend:
         patches: dict[str, Any] = {"joint_custom_pre_pass": _JointPasses(self, region, key)}
         if inductor_config.post_grad_custom_post_pass is None:
             patches["post_grad_custom_post_pass"] = _CacheKey(key)
-        # A buffer that the backward may overwrite would forbid backward(retain_graph=True); with
-        # _allow_backward_again.
+        # A buffer that the backward may overwrite would forbid backward(retain_graph=True), which
+        # _allow_backward_again sees to as well.
         tracing: dict[str, Any] = {
             "donated_buffer": False,
             "activation_memory_budget": self.activation_memory,
@@ -159,6 +159,9 @@ class Backend:
 
 
 _RAN = "optcpu_joint_passes_ran"
+_LONGEST_CHAIN_OF_VIEWS = (
+    3  # an output that is a view hangs on its base by nodes that PyTorch has added
+)
 
 
 class _JointPasses(CustomGraphPass):  # type: ignore[misc]
@@ -258,10 +261,6 @@ def _allow_backward_again(outputs: Sequence[Any]) -> bool:
                 return True
         nodes = [before for node in nodes if node for before, _ in node.next_functions]
     return False
-
-
-_LONGEST_CHAIN_OF_VIEWS = 3
-"""An output that is a view hangs on its base by nodes that PyTorch has added."""
 
 
 def _kind(options: dict[str, Any]) -> GraphKind:

@@ -30,6 +30,10 @@ from optcpu.runtime.stopping import Stopper
 from optcpu.runtime.world import World
 from passes import gemm
 
+_MOVED_BY_OURS = {"params", "lr", "initial_lr"}
+_MOVED_BY_OTHERS = {"params", "lr", "max_lr", "min_lr"}  # and by OneCycleLR and CyclicLR:
+_MOVED_BY_OTHERS |= {"betas", "momentum", "max_momentum", "base_momentum"}
+
 
 @dataclass
 class Position:
@@ -170,10 +174,7 @@ class Run:
 
         The trainer's own schedule follows a new learning rate at once.
         """
-        moved = {"params", "lr", "betas", "momentum", "max_lr", "min_lr", "max_momentum"}
-        moved |= {"base_momentum"}
-        if isinstance(self.scheduler, Schedule):
-            moved = {"params", "lr", "initial_lr"}
+        moved = _MOVED_BY_OURS if isinstance(self.scheduler, Schedule) else _MOVED_BY_OTHERS
         return [
             {name: value for name, value in group.items() if name not in moved}
             for group in self.optimizer.param_groups

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -186,27 +186,40 @@ class BufferKeeper:
     """
 
     def __init__(self, *owners: Any) -> None:
-        self._owners = [owner for owner in owners if isinstance(owner, nn.Module)]
-        self._kept: dict[Tensor, tuple[int, Tensor]] = {}
+        modules = (m for o in owners if isinstance(o, nn.Module) for m in o.modules())
+        self._modules = [module for module in modules if module._buffers]
+        self._kept: dict[tuple[int, str], _KeptBuffer] = {}
 
     def keep(self) -> None:
         """Take note of what the buffers are; those that cannot have changed since then cost nothing."""
-        kept, self._kept = self._kept, {}
-        for owner in self._owners:
-            for module in owner.modules():
-                # Its kernels write running statistics without counting that as a change.
-                uncounted = isinstance(module, nn.modules.batchnorm._NormBase)
-                for buffer in module.buffers(recurse=False):
-                    version, copy = kept.get(buffer, (-1, None))
-                    if copy is None or uncounted or version != buffer._version:
-                        copy = buffer.detach().clone()
-                    self._kept[buffer] = buffer._version, copy
+        for place, module in enumerate(self._modules):
+            # Its kernels write running statistics without counting that as a change.
+            uncounted = isinstance(module, nn.modules.batchnorm._NormBase)
+            for name, buffer in module._buffers.items():
+                if buffer is None:
+                    continue
+                kept = self._kept.get((place, name))
+                if (
+                    kept is None
+                    or uncounted
+                    or kept.buffer is not buffer
+                    or kept.version != buffer._version
+                ):
+                    copy = buffer.detach().clone()
+                    self._kept[place, name] = _KeptBuffer(buffer, buffer._version, copy)
 
     @torch.no_grad()
     def put_back(self) -> None:
-        """Make the buffers what they were when they were kept."""
-        for buffer, (_, copy) in self._kept.items():
-            buffer.copy_(copy)
+        """Make the buffers what they were when they were kept, also those that were replaced."""
+        for (place, name), kept in self._kept.items():
+            self._modules[place]._buffers[name] = kept.buffer
+            kept.buffer.copy_(kept.copy)
+
+
+class _KeptBuffer(NamedTuple):
+    buffer: Tensor
+    version: int
+    copy: Tensor
 
 
 def trained_parameters(model: nn.Module, loss: Loss) -> dict[str, nn.Parameter]:

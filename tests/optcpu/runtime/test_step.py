@@ -145,3 +145,24 @@ def test_buffers_are_put_back(compiled: bool) -> None:
     model(torch.randn(8, 4))
     keeper.put_back()
     assert torch.equal(model[1].running_mean, later)
+
+
+def test_buffers_that_are_replaced_are_put_back() -> None:
+    class Counting(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.register_buffer("count", torch.zeros(()))
+            self.register_buffer("none", None)
+
+        def forward(self, x: Tensor) -> Tensor:
+            self.count = self.count + 1
+            return x
+
+    model = Counting()
+    keeper = BufferKeeper(model)
+    for expected in (0, 1, 2):
+        keeper.keep()
+        model(torch.ones(1))
+        keeper.put_back()
+        assert model.count == expected
+        model(torch.ones(1))
