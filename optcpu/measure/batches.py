@@ -28,7 +28,7 @@ from torch import Tensor
 Batch: TypeAlias = Any
 Loss: TypeAlias = Callable[[Any, Any], Tensor]
 
-_LEFT_OUT = -100  # targets that PyTorch's cross entropy ignores by default
+LEFT_OUT = -100  # targets that PyTorch's cross entropy ignores by default
 _CONVENTION = (
     "A batch is a tensor, a tuple (*inputs, target), or a dict of keyword arguments; "
     "several batches are a list of those."
@@ -159,14 +159,26 @@ def default_loss(output: Any, batch: Batch) -> Tensor:
                 "loss=lambda output, batch: ..."
             )
         return F.mse_loss(logits.float(), target.float())
-    if logits.dim() == target.dim() + 1:
-        if logits.dim() <= 3 and logits.shape[:-1] == target.shape:
-            return _cross_entropy(logits.flatten(0, -2), target.flatten())
-        if logits.shape[:1] + logits.shape[2:] == target.shape:
-            return _cross_entropy(logits, target)
+    axis = class_axis(logits, target)
+    if axis == -1:
+        return _cross_entropy(logits.flatten(0, -2), target.flatten())
+    if axis == 1:
+        return _cross_entropy(logits, target)
     raise ValueError(
         f"cross entropy does not fit {shapes}. Reshape them, or pass loss=lambda output, batch: ..."
     )
+
+
+def class_axis(logits: Tensor, target: Tensor) -> int | None:
+    """The axis of ``logits`` that has the classes: -1 up to three dimensions, 1 where that alone fits.
+
+    None where neither fits the shape of ``target``.
+    """
+    if logits.dim() != target.dim() + 1:
+        return None
+    if logits.dim() <= 3 and logits.shape[:-1] == target.shape:
+        return -1
+    return 1 if logits.shape[:1] + logits.shape[2:] == target.shape else None
 
 
 def _target(batch: Batch) -> Tensor | None:
@@ -197,8 +209,7 @@ def check_targets(output: Any, batches: Sequence[Batch]) -> None:
         return
     if first is None or first.is_floating_point():
         return
-    classes_last = logits.dim() <= 3 and logits.shape[:-1] == first.shape
-    classes = logits.shape[-1] if classes_last else logits.shape[1]
+    classes = logits.shape[class_axis(logits, first) or 1]
     for batch in batches:
         target = _target(batch)
         if target is not None and not target.is_floating_point():
@@ -207,12 +218,12 @@ def check_targets(output: Any, batches: Sequence[Batch]) -> None:
 
 def _check_classes(target: Tensor, classes: int) -> None:
     target = target.long()
-    wrong = target[((target < 0) | (target >= classes)) & (target != _LEFT_OUT)]
+    wrong = target[((target < 0) | (target >= classes)) & (target != LEFT_OUT)]
     if wrong.numel():
         raise ValueError(
             f"the target has class {int(wrong[0])}, but the output has {classes} classes, 0 to "
             f"{classes - 1}: number the classes from 0, give the model an output for each, or mark "
-            f"what the loss shall leave out with {_LEFT_OUT}."
+            f"what the loss shall leave out with {LEFT_OUT}."
         )
 
 

@@ -22,6 +22,14 @@ _POLL_S = 0.5
 _LOG_LINES = 30
 
 
+def same_modules() -> dict[str, str]:
+    """The variables with which a Python process finds the modules that this one finds."""
+    return {
+        "PYTHONPATH": os.pathsep.join(path or os.getcwd() for path in sys.path),
+        "PYTHONSAFEPATH": "1",
+    }
+
+
 class WorkerProcess:
     """A worker process and the pipes to it.
 
@@ -39,9 +47,7 @@ class WorkerProcess:
         environment = {
             **dict(variant.environment),
             **os.environ,
-            # The caller's import path, so that the worker finds the same modules.
-            "PYTHONPATH": os.pathsep.join(path or os.getcwd() for path in sys.path),
-            "PYTHONSAFEPATH": "1",
+            **same_modules(),
             "PYTHONFAULTHANDLER": "1",
         }
         if cold:

@@ -24,6 +24,7 @@ from torch import Tensor
 
 from optcpu.cpu import capabilities
 from optcpu.errors import WorkerError
+from optcpu.measure.process import same_modules
 from passes import gemm
 
 # Rows, and width of a square weight: large enough that no overhead counts, and of both shapes in
@@ -97,16 +98,11 @@ def measure_limits(threads: int) -> Limits:
     Raises:
         WorkerError: that process failed.
     """
-    environment = {
-        **os.environ,
-        "PYTHONPATH": os.pathsep.join(path or os.getcwd() for path in sys.path),
-        "PYTHONSAFEPATH": "1",
-    }
     ended = subprocess.run(
         [sys.executable, "-m", "optcpu.measure.roofline", str(threads)],
         capture_output=True,
         text=True,
-        env=environment,
+        env={**os.environ, **same_modules()},
         timeout=_LIMIT_S,
     )
     if ended.returncode != 0:

@@ -9,7 +9,15 @@ import torch
 from torch import Tensor, nn
 
 from optcpu.errors import OptcpuError
-from optcpu.measure.batches import Batch, Loss, as_batches, call_model, units_in
+from optcpu.measure.batches import (
+    LEFT_OUT,
+    Batch,
+    Loss,
+    as_batches,
+    call_model,
+    class_axis,
+    units_in,
+)
 from optcpu.random_state import random_state_kept
 from optcpu.runtime.modes import modes_kept
 
@@ -56,7 +64,7 @@ class Accuracy:
             OptcpuError: no classes can be told from these shapes.
         """
         chosen = _classes(predictions, target)
-        counted = target != _IGNORED
+        counted = target != LEFT_OUT
         self._hits += int(((chosen == target) & counted).sum())
         self._counted += int(counted.sum())
 
@@ -66,24 +74,21 @@ class Accuracy:
 
 
 def _classes(logits: Tensor, target: Tensor) -> Tensor:
-    shape = tuple(target.shape)
-    if logits.shape == shape:
+    if logits.shape == target.shape:
         return (logits > 0).to(target.dtype)
-    if logits.shape == (*shape, 1):
+    if logits.shape == (*target.shape, 1):
         return (logits.squeeze(-1) > 0).to(target.dtype)
-    behind, second = logits.shape[:-1] == shape, (logits.shape[0], *logits.shape[2:]) == shape
-    if second and (logits.dim() > 3 or not behind):
-        return logits.argmax(1)
-    if behind:
-        return logits.argmax(-1)
+    axis = class_axis(logits, target)
+    if axis is None and logits.shape[:-1] == target.shape:
+        axis = -1
+    if axis is not None:
+        return logits.argmax(axis)
     raise OptcpuError(
         f"accuracy cannot compare an output of shape {list(logits.shape)} with a target of shape "
-        f"{list(shape)}: give logits [batch, classes, ...] and classes [batch, ...], or a function "
+        f"{list(target.shape)}: give logits [batch, classes, ...] and classes [batch, ...], or a function "
         "metric(output, batch)"
     )
 
-
-_IGNORED = -100  # as in PyTorch's cross entropy
 
 BUILT_IN: dict[str, Callable[[], Metric]] = {"accuracy": Accuracy}
 
