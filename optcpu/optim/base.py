@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any, ClassVar, NamedTuple
@@ -35,7 +36,7 @@ class Place(NamedTuple):
     parameter: Tensor
 
 
-class StoredOptimizer(Optimizer):
+class StoredOptimizer(Optimizer, ABC):
     """An optimizer whose state may be BF16 and whose update is one pass over memory.
 
     A class puts it in front of the optimizer of PyTorch that it stands for, whose options, groups and
@@ -177,10 +178,11 @@ class StoredOptimizer(Optimizer):
         # The kernel writes past autograd, which must know that saved weights are not what they were.
         torch.autograd.graph.increment_version([place.parameter for place in places])
 
+    @abstractmethod
     def update(self, slots: list[Slot]) -> None:
         """Run the rule on the parameters in ``slots``."""
-        raise NotImplementedError
 
+    @abstractmethod
     def slot(self, group: Group, parameter: Tensor, seed: int) -> Slot:
         """What the rule needs for ``parameter`` in the step that begins.
 
@@ -189,7 +191,6 @@ class StoredOptimizer(Optimizer):
             parameter: one that has a gradient.
             seed: of the random bits for this parameter in this step.
         """
-        raise NotImplementedError
 
     def new_slot(self, constants: Constants, parameter: Tensor, seed: int) -> Slot:
         """A slot with the tensors that there are in every step and rule."""
