@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import nn
 from torch.optim import Optimizer
-from torch.optim.lr_scheduler import LRScheduler, ReduceLROnPlateau
+from torch.optim.lr_scheduler import LRScheduler, OneCycleLR, ReduceLROnPlateau
 
 from optcpu.cpu import capabilities
 from optcpu.errors import OptcpuError
@@ -195,7 +195,8 @@ def make_scheduler(
 
     Raises:
         TypeError: ``given`` is or makes something else.
-        ValueError: it is of another optimizer, or waits for validations that never come.
+        ValueError: it is of another optimizer, waits for validations that never come, or ends before
+            the run.
     """
     if given is None:
         return make_schedule(optimizer, options.schedule, total_steps)
@@ -211,6 +212,14 @@ def make_scheduler(
         raise ValueError("the scheduler is of another optimizer: make it of the one that trains")
     if isinstance(scheduler, ReduceLROnPlateau) and not validates:
         raise ValueError("ReduceLROnPlateau follows the loss of validation: give validation_data")
+    if isinstance(scheduler, OneCycleLR):
+        left = scheduler.total_steps - scheduler.last_epoch
+        if total_steps is None or total_steps > left:
+            steps = "an unknown number of" if total_steps is None else total_steps
+            raise ValueError(
+                f"OneCycleLR has {left} optimizer steps to its end, and the run has {steps}: give it the "
+                "total_steps of the run (a step takes accumulation_steps micro-batches)"
+            )
     return scheduler
 
 

@@ -23,13 +23,7 @@ from optcpu.runtime.metrics_log import MetricsLog
 from optcpu.runtime.options import TrainerOptions
 from optcpu.runtime.run import Run
 from optcpu.runtime.signals import StopRequest
-from optcpu.runtime.step import (
-    BufferKeeper,
-    MicroBatches,
-    StepRunner,
-    collect,
-    trained_parameters,
-)
+from optcpu.runtime.step import MicroBatches, StepRunner, collect, trained_parameters
 from optcpu.runtime.stopping import is_better
 from optcpu.runtime.validation import Metric, validate
 
@@ -86,7 +80,6 @@ class Loop:
         self._size_of, self._total_steps, self._trainer = size_of, total_steps, trainer
         self._stop = stop
         self._before: dict[str, Any] | None = None  # of the step in progress
-        self._buffers = BufferKeeper(run.model, run.loss)
         self._updating = False
         self._saved = run.position.step  # the step of the last checkpoint, written or loaded
         self._changed = False  # anything since then
@@ -129,7 +122,7 @@ class Loop:
         """The micro-batches of the next step; None at the end of an epoch."""
         run = self._run
         self._before = before = run.data_state()
-        self._buffers.keep()
+        run.buffers.keep()
         raw = run.feed.take(self._options.accumulation_steps)
         (ready,) = run.world.sum_numbers(float(bool(raw)))
         if ready < run.world.size:  # where one has no data left, the epoch is over for all
@@ -218,7 +211,7 @@ class Loop:
         """Do what ``on_nan`` says about a step whose loss or gradient is not finite."""
         run, options, position = self._run, self._options, self._run.position
         self._runner.forget_gradients()
-        self._buffers.put_back()
+        run.buffers.put_back()
         where = f"in step {position.step + 1}, {step.bad}"
         position.bad_steps += 1
         if options.on_nan == "stop" or position.bad_steps > options.max_bad_steps:
@@ -376,7 +369,7 @@ class Loop:
             return
         if self._before is not None:
             self._runner.forget_gradients()
-            self._buffers.put_back()
+            run.buffers.put_back()
             run.pending = MicroBatches([], self._before, 0)  # none of them is used
         try:
             self._save("rescue", alone=True)

@@ -21,6 +21,7 @@ from optcpu.runtime.data.loading import Feed
 from optcpu.runtime.freezing.freezer import DynamicFreezer
 from optcpu.runtime.schedule import Schedule
 from optcpu.runtime.step import (
+    BufferKeeper,
     MicroBatches,
     gradients_by_name,
     restore_gradients,
@@ -83,6 +84,7 @@ class Run:
         clock: where the time went.
         position: how far the run is.
         pending: a step whose micro-batches are used in part.
+        buffers: what running statistics were before the step in progress.
     """
 
     model: nn.Module
@@ -97,6 +99,10 @@ class Run:
     clock: Clock = field(default_factory=Clock)
     position: Position = field(default_factory=Position)
     pending: MicroBatches | None = None
+    buffers: BufferKeeper = field(init=False)
+
+    def __post_init__(self) -> None:
+        self.buffers = BufferKeeper(self.model, self.loss)
 
     def data_state(self) -> dict[str, Any]:
         """Where data and random generators of this process stand."""
@@ -117,6 +123,7 @@ class Run:
             "loss": self.loss.state_dict() if isinstance(self.loss, nn.Module) else {},
             "optimizer": self.optimizer.state_dict(),
             "optimizer_kind": _kind(self.optimizer),
+            "optimizer_groups": self._optimizer_groups(),
             "scheduler": self.scheduler.state_dict(),
             "freezer": None if self.freezer is None else self.freezer.state_dict(),
             "stopper": None if self.stopper is None else self.stopper.state_dict(),
@@ -135,6 +142,7 @@ class Run:
             "done": pending.done,
             "loss": pending.loss,
             "gradients": gradients_by_name(trained_parameters(self.model, self.loss)),
+            "buffers": self.buffers.state_dict(),
         }
 
     def _callback_states(self) -> list[tuple[str, dict[str, Any]]]:
@@ -166,8 +174,22 @@ class Run:
                 f"the checkpoint is of another model ({' '.join(str(error).split())}): choose another "
                 "folder for checkpoints, or give the trainer that model"
             ) from error
+        groups = self._optimizer_groups()
+        if state["optimizer_groups"] != groups:
+            raise OptcpuError(
+                "the checkpoint is of an optimizer with other groups of parameters "
+                f"({_told(state['optimizer_groups'])}; now {_told(groups)}): give the trainer an optimizer "
+                "like that one, or another folder for checkpoints"
+            )
         self.optimizer.load_state_dict(state["optimizer"])
         self.optimizer.zero_grad(set_to_none=True)
+
+    def _optimizer_groups(self) -> list[list[str]]:
+        """The names of the parameters in each group, by whose places their state is saved."""
+        names = {id(p): name for name, p in trained_parameters(self.model, self.loss).items()}
+        return [
+            [names.get(id(p), "") for p in group["params"]] for group in self.optimizer.param_groups
+        ]
 
     def _optimizer_settings(self) -> list[dict[str, Any]]:
         """What is set for each group of parameters, but for what schedules move.
@@ -243,6 +265,7 @@ class Run:
             )
         step.done, step.loss = pending["done"], pending["loss"]
         restore_gradients(trained_parameters(self.model, self.loss), pending["gradients"])
+        self.buffers.load_state_dict(pending["buffers"])
         set_rng_state(rng)
         self.pending = step
 
@@ -279,6 +302,12 @@ def _equal(one: Any, other: Any) -> bool:
     if isinstance(one, (tuple, list)) and isinstance(other, (tuple, list)):
         return len(one) == len(other) and all(map(_equal, one, other))
     return bool(one == other)
+
+
+def _told(groups: list[list[str]]) -> str:
+    """Groups of names, short enough for a message."""
+    shown = [", ".join([*names[:3], "..."] if len(names) > 3 else names) for names in groups[:3]]
+    return " | ".join([*shown, "..."] if len(groups) > 3 else shown)
 
 
 def _kind(optimizer: Optimizer) -> str:

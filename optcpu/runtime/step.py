@@ -215,6 +215,15 @@ class BufferKeeper:
             self._modules[place]._buffers[name] = kept.buffer
             kept.buffer.copy_(kept.copy)
 
+    def state_dict(self) -> list[Tensor]:
+        """What the buffers were when they were kept."""
+        return [kept.copy for kept in self._kept.values()]
+
+    def load_state_dict(self, state: list[Tensor]) -> None:
+        """Keep that in place of what was kept of the same buffers."""
+        for place, copy in zip(self._kept, state, strict=True):
+            self._kept[place] = self._kept[place]._replace(copy=copy.clone())
+
 
 class _KeptBuffer(NamedTuple):
     buffer: Tensor

@@ -9,7 +9,7 @@ import signal
 import time
 from collections.abc import Callable
 from itertools import islice
-from typing import Any, cast
+from typing import Any, NamedTuple, cast
 
 import torch
 from torch.utils.data import (
@@ -29,7 +29,9 @@ from optcpu.runtime.data.tokens import TokenDataset
 
 Collate = Callable[[list[Any]], Any]
 
-_WORTH_A_SPARE_CORE, _WORTH_A_BUSY_CORE, _USUAL_STEP = 2e-3, 10e-3, 20e-3  # seconds
+# Seconds of fetching a batch from which processes gained, where step times were measured with 0 to 2.
+_WORTH_A_WORKER, _WORTH_BUSY_CORES = 5e-3, 40e-3
+_USUAL_STEP = 20e-3
 _PROBES, _PROBE_SECONDS = 3, 0.2
 
 
@@ -103,29 +105,37 @@ def begin_worker(_: int) -> None:
     signal.signal(signal.SIGTERM, signal.SIG_DFL)
 
 
+class FetchTime(NamedTuple):
+    """What fetching a batch takes, in seconds: of the processor, and waiting for a disk, say."""
+
+    computing: float
+    waiting: float
+
+
 def choose_workers(
-    batch_seconds: float, *, cores: int, threads: int, step_seconds: float | None = None
+    fetching: FetchTime, *, cores: int, threads: int, step_seconds: float | None = None
 ) -> int:
     """How many processes shall fetch batches.
 
-    A worker on a core of its own hides what fetching takes, and costs the transfer of each batch. A worker
-    that takes a core from training makes the other threads wait at the end of each parallel loop. With a
-    small network on two cores that both trained, one worker made steps 1.8 times as slow where a batch took
-    1 to 5 ms of NumPy work, and two were about even or a little better at 20 ms. That was one run of three
-    rounds on cores that other programs used as well: the limit for busy cores is a guess between those,
-    and the one for spare cores was not measured.
+    A process hides what it waits for, and on a core of its own what it computes, and costs a transfer of
+    each batch. Where all cores train, computing is not hidden: on two such cores and steps of 25 and 75 ms
+    one process was about even with none however long a fetch took; two were up to 15 % slower where it
+    took 25 ms or less, even at 40 ms, and 20 to 37 % faster at 150 ms, as they fetch on both cores and the
+    main process on one.
 
     Args:
-        batch_seconds: that the main process takes to fetch one.
+        fetching: a batch in the main process.
         cores: that this process may use.
         threads: that training computes with.
         step_seconds: that training takes for one; None if unknown.
     """
+    wanted = math.ceil(sum(fetching) / (step_seconds or _USUAL_STEP))
     spare = cores - threads
-    if batch_seconds < (_WORTH_A_SPARE_CORE if spare > 0 else _WORTH_A_BUSY_CORE):
-        return 0
-    wanted = math.ceil(batch_seconds / (step_seconds or _USUAL_STEP))
-    return min(wanted, spare if spare > 0 else cores)
+    if spare > 0:
+        return min(wanted, spare) if sum(fetching) >= _WORTH_A_WORKER else 0
+    if fetching.computing >= _WORTH_BUSY_CORES and cores > 1:
+        return min(max(wanted, 2), cores)
+    return min(wanted, cores) if fetching.waiting >= _WORTH_A_WORKER else 0
 
 
 def cores_for_loading() -> int:
@@ -135,19 +145,23 @@ def cores_for_loading() -> int:
     return max(1, capabilities().physical_cores // processes)
 
 
-def seconds_per_batch(batches: SeededBatches, sampler: ResumableBatchSampler) -> float:
-    """Measured seconds for fetching a batch in this process: the least of up to three.
+def fetch_time(batches: SeededBatches, sampler: ResumableBatchSampler) -> FetchTime:
+    """Measured for a batch in this process: the fastest of up to three.
 
     0 if that fails: the error is to come up in training, where its place can be told.
     """
-    times: list[float] = []
+    times: list[tuple[float, float]] = []
     try:
         for batch in islice(copy.copy(sampler), _PROBES):  # the sampler itself stays where it is
-            started = time.perf_counter()
+            started, computed = time.perf_counter(), time.process_time()
             batches.__getitems__(cast(Batch, batch))
-            times.append(time.perf_counter() - started)
-            if sum(times) > _PROBE_SECONDS:
+            times.append((time.perf_counter() - started, time.process_time() - computed))
+            if sum(seconds for seconds, _ in times) > _PROBE_SECONDS:
                 break
     except Exception:
-        return 0.0
-    return min(times)
+        return FetchTime(0.0, 0.0)
+    seconds, computing = min(times)
+    waiting = max(
+        0.0, seconds - computing
+    )  # several threads can compute for longer than that takes
+    return FetchTime(seconds - waiting, waiting)

@@ -17,7 +17,7 @@ from optcpu.runtime.data.fetching import (
     begin_worker,
     choose_workers,
     cores_for_loading,
-    seconds_per_batch,
+    fetch_time,
 )
 from optcpu.runtime.data.randomness import stream_key
 from optcpu.runtime.data.sampling import ResumableBatchSampler
@@ -100,7 +100,7 @@ def make_loader(
     batches = SeededBatches(dataset, collate_fn, seed)
     if workers == "auto":
         workers = choose_workers(
-            seconds_per_batch(batches, sampler),
+            fetch_time(batches, sampler),
             cores=cores_for_loading(),
             threads=torch.get_num_threads(),
             step_seconds=step_seconds,

@@ -361,9 +361,9 @@ def test_weights_ahead_of_the_schedule_are_not_saved(tmp_path: Path) -> None:
     """A scheduler that fails leaves a step half done."""
 
     def scheduler(optimizer: torch.optim.Optimizer) -> Any:
-        return torch.optim.lr_scheduler.OneCycleLR(optimizer, 0.1, total_steps=2)
+        return torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: [1.0, 1.0, 0.5][step])
 
-    with pytest.raises(ValueError, match="total steps is 2"):
+    with pytest.raises(IndexError):
         small_trainer(
             scheduler=scheduler, checkpoints={"folder": tmp_path, "every_steps": 1}
         ).train()

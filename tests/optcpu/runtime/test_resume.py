@@ -24,6 +24,7 @@ from training import (
     tensors_of,
 )
 
+from optcpu import Trainer
 from optcpu.errors import OptcpuError
 from optcpu.measure.batches import default_loss
 from optcpu.runtime import Callback, CheckpointFolder
@@ -142,6 +143,44 @@ def test_a_run_of_other_parts_is_refused(tmp_path: Path) -> None:
         ).train()
     with pytest.raises(OptcpuError, match=r"is of another model.*Missing key"):
         small_trainer(nn.Linear(6, 2), checkpoints=tmp_path).train()
+
+
+def test_an_optimizer_with_other_groups_is_refused(tmp_path: Path) -> None:
+    def trainer(*groups: str) -> Trainer:
+        model = small_model()
+        parts = [{"params": list(model.get_submodule(name).parameters())} for name in groups]
+        return small_trainer(
+            model, checkpoints=tmp_path, optimizer=torch.optim.SGD(parts, lr=0.1), lr=None
+        )
+
+    trainer("0", "1", "4").train()
+    for other in (("0", "1"), ("0", "4", "1")):
+        with pytest.raises(
+            OptcpuError,
+            match=r"other groups of parameters \(0.weight, 0.bias \| 1.weight, .*; now 0.weight",
+        ):
+            trainer(*other).train()
+
+
+def test_a_step_resumed_in_its_middle_and_then_skipped(tmp_path: Path) -> None:
+    """Running statistics are those of before the step, not those of the checkpoint in its middle."""
+
+    class StopsThenBad(_StopAt):
+        def __init__(self, stop_at: int | None, bad_at: int) -> None:
+            super().__init__(stop_at)
+            self._left = bad_at
+
+        def __call__(self, output: Any, batch: Any) -> Tensor:
+            self._left -= 1
+            return super().__call__(output, batch) * (math.nan if self._left == 0 else 1)
+
+    whole = small_trainer(loss=StopsThenBad(None, 8), on_nan="skip")
+    whole.train()
+    stopped = small_trainer(loss=StopsThenBad(6, 8), on_nan="skip", checkpoints=tmp_path)
+    stopped.train()
+    resumed = small_trainer(loss=StopsThenBad(None, 1), on_nan="skip", checkpoints=tmp_path)
+    resumed.train()
+    assert_equal(tensors_of(resumed), tensors_of(whole))
 
 
 def test_other_settings_of_the_optimizer_are_told(tmp_path: Path) -> None:

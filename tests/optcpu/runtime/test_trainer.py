@@ -170,6 +170,10 @@ def test_parts_that_do_not_belong_together_are_refused() -> None:
         small_trainer(model, scheduler=schedulers.StepLR(foreign, 1), **given)
     with pytest.raises(ValueError, match="follows the loss of validation: give validation_data"):
         small_trainer(model, scheduler=schedulers.ReduceLROnPlateau, **given)
+    with pytest.raises(ValueError, match=r"OneCycleLR has 3 optimizer steps to its end, .* has 4"):
+        small_trainer(
+            model, scheduler=lambda o: schedulers.OneCycleLR(o, 0.1, total_steps=3), **given
+        )
     with pytest.raises(ValueError, match="give either scheduler or schedule"):
         small_trainer(model, scheduler="cosine", schedule="linear")
     optimizer.add_param_group({"params": list(other.parameters())})

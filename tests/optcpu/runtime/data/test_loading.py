@@ -8,6 +8,7 @@ import random
 import re
 import subprocess
 import sys
+import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -29,7 +30,7 @@ from torch.utils.data import (
 from optcpu.errors import OptcpuError
 from optcpu.runtime.checkpoint.rng import rng_state, set_rng_state
 from optcpu.runtime.data.datasets import SyntheticDataset
-from optcpu.runtime.data.fetching import choose_workers
+from optcpu.runtime.data.fetching import FetchTime, choose_workers, fetch_time
 from optcpu.runtime.data.loading import Feed, evaluation_batches, make_loader
 from optcpu.runtime.data.tokens import TokenDataset
 
@@ -457,28 +458,48 @@ class TestFailures:
 
 class TestWorkers:
     @pytest.mark.parametrize(
-        ("milliseconds", "cores", "threads", "step", "workers"),
+        ("computing", "waiting", "cores", "threads", "step", "workers"),
         [
-            (0.1, 2, 2, None, 0),
-            (5, 2, 2, None, 0),
-            (15, 2, 2, None, 1),
-            (1000, 2, 2, None, 2),
-            (1000, 1, 1, None, 1),
-            (5, 8, 4, None, 1),
-            (1, 8, 4, None, 0),
-            (1000, 8, 4, None, 4),
-            (1000, 8, 4, 500, 2),
-            (50, 8, 4, 500, 1),
+            (0.1, 0, 2, 2, None, 0),
+            (25, 0, 2, 2, None, 0),
+            (50, 0, 2, 2, 500, 2),
+            (1000, 0, 2, 2, None, 2),
+            (100, 0, 64, 64, None, 5),
+            (1, 4, 2, 2, None, 0),
+            (1, 10, 2, 2, None, 1),
+            (1, 40, 2, 2, None, 2),
+            (1000, 0, 1, 1, None, 0),
+            (0, 1000, 1, 1, None, 1),
+            (3, 1, 8, 4, None, 0),
+            (3, 3, 8, 4, None, 1),
+            (1000, 0, 8, 4, None, 4),
+            (1000, 0, 8, 4, 500, 2),
+            (50, 0, 8, 4, 500, 1),
         ],
     )
     def test_how_many(
-        self, milliseconds: float, cores: int, threads: int, step: float | None, workers: int
+        self,
+        computing: float,
+        waiting: float,
+        cores: int,
+        threads: int,
+        step: float | None,
+        workers: int,
     ) -> None:
+        fetching = FetchTime(computing / 1e3, waiting / 1e3)
         seconds = None if step is None else step / 1e3
-        chosen = choose_workers(
-            milliseconds / 1e3, cores=cores, threads=threads, step_seconds=seconds
-        )
+        chosen = choose_workers(fetching, cores=cores, threads=threads, step_seconds=seconds)
         assert chosen == workers
+
+    def test_waiting_is_told_from_computing(self) -> None:
+        class Slow(Augmented):
+            def __getitem__(self, index: int) -> Tensor:
+                time.sleep(0.03)
+                return super().__getitem__(index)
+
+        loader = make_loader(Slow(), 4, workers=0)
+        fetching = fetch_time(loader.dataset, loader.batch_sampler)
+        assert fetching.waiting >= 0.1 > fetching.computing
 
     def test_cheap_data_take_none(self) -> None:
         assert make_loader(TensorDataset(torch.randn(100, 4)), 10).num_workers == 0
