@@ -37,6 +37,7 @@ def default_passes(precision: Precision = "bf16") -> list[p.Pass]:
         # On forward and backward as one graph:
         p.Canonicalize(),
         p.SubsampleForWeightGradient(),
+        p.PoolBeforeRelu(),
         *(in_bf16 if precision == "bf16" else []),
         p.ReadUpperHalves(),
         # On each of the two by itself:
@@ -44,6 +45,7 @@ def default_passes(precision: Precision = "bf16") -> list[p.Pass]:
         p.FuseLinearBackward(rounded_bias=precision == "bf16"),
         p.FuseLinear(),
         p.RouteProducts(),
+        p.PoolChannelsLast(),
     ]
 
 

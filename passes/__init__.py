@@ -1,6 +1,6 @@
 """The graph compiler of optcpu: rewrites of training graphs, built on torch alone."""
 
-from passes.activations import KEPT_WHOLE, MaxPoolInBf16, SaveOutputsInBf16
+from passes.activations import SaveOutputsInBf16
 from passes.attention import UnfoldAttentionBackward
 from passes.base import FunctionPass, Pass, PatternPass, Stage, as_pass, cache_key
 from passes.canonicalize import Canonicalize
@@ -9,7 +9,8 @@ from passes.convolution import SubsampleForWeightGradient
 from passes.halves import GradientsInBf16, ReadUpperHalves
 from passes.linear import FuseLinear, RouteProducts
 from passes.linear_backward import FuseLinearBackward
-from passes.lowering import lower
+from passes.lowering import KEPT_WHOLE, lower
+from passes.pooling import MaxPoolInBf16, PoolBeforeRelu, PoolChannelsLast
 from passes.precision import POLICY, InsertCasts
 
 __all__ = [
@@ -26,6 +27,8 @@ __all__ = [
     "MaxPoolInBf16",
     "Pass",
     "PatternPass",
+    "PoolBeforeRelu",
+    "PoolChannelsLast",
     "ReadUpperHalves",
     "RouteProducts",
     "SaveOutputsInBf16",

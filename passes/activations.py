@@ -1,7 +1,7 @@
 """Activations: kept whole while passes look for them, then written out for the code generator.
 
 PyTorch normally decomposes ``gelu`` and its like while it captures the graph, which leaves ten
-pointwise operators that no pass recognises. optcpu keeps the operators of :data:`KEPT_WHOLE` as they
+pointwise operators that no pass recognises. optcpu keeps the operators of :data:`EXPANSIONS` as they
 are and :func:`expand_activations` writes out what no fusion took, in the form that runs fastest on
 CPUs.
 """
@@ -19,7 +19,7 @@ from torch._inductor.decomposition import select_decomp_table
 from torch.fx.experimental.proxy_tensor import make_fx
 
 from passes.base import Pass
-from passes.graph import aten, calls, cast, dtype, fill_value, is_cast, value
+from passes.graph import aten, calls, cast, dtype, fill_value, is_rounding, value
 
 
 @dataclass(frozen=True, repr=False)
@@ -46,7 +46,7 @@ class SaveOutputsInBf16(Pass):
         for node in calls(graph, *_FROM_OUTPUT):
             output = node.args[1]
             assert isinstance(output, fx.Node)
-            copies = [user for user in output.users if _is_rounding(user) and user < node]
+            copies = [user for user in output.users if is_rounding(user) and user < node]
             if dtype(output) != torch.float32 or not copies:
                 continue
             with graph.inserting_before(node):
@@ -60,63 +60,6 @@ _FROM_OUTPUT = (
     aten.tanh_backward.default,
     aten.sigmoid_backward.default,
 )
-
-
-@dataclass(frozen=True, repr=False)
-class MaxPoolInBf16(Pass):
-    """Round to BF16 in front of a max-pool rather than behind it, if its result is rounded anyway.
-
-    Before::
-
-        y = relu(x); p, where = max_pool(y); h = convolution(bf16(p), w)
-
-    After::
-
-        y = relu(x); p, where = max_pool(bf16(y)); h = convolution(p, w)
-
-    so that what the pool reads takes half the memory. The result stays the same, as rounding keeps the
-    order; but elements that are equal once rounded are told apart by their place, as under autocast.
-    Fires once for each pool.
-    """
-
-    changes_numerics: ClassVar[bool] = True
-
-    def __call__(self, graph: fx.Graph) -> int:
-        fired = 0
-        for node in calls(graph, *_MAX_POOLS):
-            source = node.args[0]
-            assert isinstance(source, fx.Node)
-            results = [item for item in node.users if item.args[1] == 0]
-            readers = [reader for result in results for reader in result.users]
-            if dtype(source) != torch.float32 or not readers:
-                continue
-            if not all(map(_is_rounding, readers)):
-                continue
-            with graph.inserting_before(node):
-                narrow = cast(node, source, torch.bfloat16)
-            node.update_arg(0, narrow)
-            for changed in (node, *node.users):
-                fill_value(changed)
-            for backward in list(calls(graph, aten.max_pool2d_with_indices_backward.default)):
-                if backward.args[1] is source:  # of which it wants the shape
-                    with graph.inserting_before(backward):
-                        backward.update_arg(1, cast(backward, narrow, torch.float32))
-            for rounded in readers:
-                (result,) = rounded.all_input_nodes
-                rounded.replace_all_uses_with(result)
-                graph.erase_node(rounded)
-            fired += 1
-        return fired
-
-
-_MAX_POOLS = (
-    aten.max_pool2d_with_indices.default,
-    torch.ops.prims._low_memory_max_pool_with_offsets.default,
-)
-
-
-def _is_rounding(node: fx.Node) -> bool:
-    return is_cast(node) and dtype(node) == torch.bfloat16
 
 
 def _relu_backward(gradient: Tensor, output: Tensor, threshold: float) -> Tensor:
@@ -162,7 +105,7 @@ def _gelu_backward(gradient: Tensor, x: Tensor, *, approximate: str = "none") ->
     return gradient * (cumulative + x * density)
 
 
-_EXPANSIONS: dict[Any, Callable[..., Tensor]] = {
+EXPANSIONS: dict[Any, Callable[..., Tensor]] = {
     aten.threshold_backward.default: _relu_backward,
     aten.tanh_backward.default: _tanh_backward,
     aten.sigmoid_backward.default: _sigmoid_backward,
@@ -172,17 +115,15 @@ _EXPANSIONS: dict[Any, Callable[..., Tensor]] = {
     aten.gelu_backward.default: _gelu_backward,
 }
 
-KEPT_WHOLE: tuple[Any, ...] = tuple(_EXPANSIONS)
-
 
 def expand_activations(graph: fx.Graph) -> int:
-    """Write out every operator of :data:`KEPT_WHOLE` that is left; return how many there were.
+    """Write out every operator of :data:`EXPANSIONS` that is left; return how many there were.
 
     BF16 operands are computed in FP32 and rounded once.
     """
     fired = 0
-    for node in calls(graph, *KEPT_WHOLE):
-        _expand(node, _EXPANSIONS[node.target])
+    for node in calls(graph, *EXPANSIONS):
+        _expand(node, EXPANSIONS[node.target])
         fired += 1
     return fired
 

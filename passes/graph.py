@@ -60,6 +60,11 @@ def is_cast(node: Any) -> bool:
     return is_call(node, convert)
 
 
+def is_rounding(node: Any) -> bool:
+    """Whether ``node`` only converts a tensor to BF16."""
+    return is_cast(node) and dtype(node) == torch.bfloat16
+
+
 def is_view(node: Any) -> bool:
     """Whether ``node`` only gives a tensor another shape, its elements in the same order."""
     return is_call(node, *VIEWS)

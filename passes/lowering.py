@@ -28,19 +28,28 @@ import torch
 from torch import fx
 
 from passes import ops
-from passes.activations import expand_activations
+from passes.activations import EXPANSIONS, expand_activations
 from passes.gemm import is_small
 from passes.graph import aten, calls, cast, emit, likely_size, value
+from passes.layout import call_native_convolution_backward
+from passes.pooling import MAX_POOL_BACKWARD, expand_backward
+
+# What PyTorch would decompose while it captures a graph, and passes want to see as it is.
+KEPT_WHOLE: tuple[Any, ...] = (*EXPANSIONS, MAX_POOL_BACKWARD)
 
 
 def lower(graph: fx.Graph) -> int:
-    """Write out what generated code computes better than a call: small products, activations.
+    """Write out what generated code computes better than a call, and the other way round.
+
+    Small products and activations are written out, the backward of max-pools becomes a call.
 
     Returns:
         How many fused operators were written out.
     """
     fired = expand_small_products(graph)
     expand_activations(graph)
+    expand_backward(graph)
+    call_native_convolution_backward(graph)
     return fired
 
 

@@ -7,11 +7,13 @@ explicit already.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal, cast
 
 import torch
 from torch import Tensor
+from torch._prims_common import make_channels_last_strides_for, suggest_memory_format
 
 from passes import native
 from passes.gemm import (
@@ -87,6 +89,19 @@ _LIBRARY.define(
 _LIBRARY.define(
     "linear_backward(Tensor gradient, Tensor? saved, Tensor x, Tensor? weight, str activation, "
     "bool needs_bias, ScalarType weight_dtype) -> (Tensor, Tensor, Tensor)",
+    tags=_TAGS,
+)
+
+_LIBRARY.define(
+    "max_pool_backward(Tensor gradient, SymInt[] size, int[] kernel_size, int[] stride, int[] padding, "
+    "int[] dilation, bool ceil_mode, Tensor indices) -> Tensor",
+    tags=_TAGS,
+)
+
+_LIBRARY.define(
+    "convolution_backward(Tensor gradient, Tensor x, Tensor weight, SymInt[]? bias_sizes, SymInt[] stride, "
+    "SymInt[] padding, SymInt[] dilation, bool transposed, SymInt[] output_padding, SymInt groups, "
+    "bool[3] wanted) -> (Tensor, Tensor, Tensor)",
     tags=_TAGS,
 )
 
@@ -208,6 +223,37 @@ def _activation_backward(gradient: Tensor, saved: Tensor, activation: str) -> Te
     return result
 
 
+def _convolution_backward(
+    gradient: Tensor, x: Tensor, weight: Tensor, *arguments: Any
+) -> tuple[Tensor | None, ...]:
+    """The gradients of a convolution's input, weight and bias: those that are wanted.
+
+    The strides of a single channel do not tell the layout. Written as those of channels-last, they bring
+    about the kernel for that, which is several times as fast for the weight.
+    """
+    one_channel = x.dim() == 4 and x.shape[1] == 1 and x.is_contiguous()
+    if one_channel and gradient.is_contiguous(memory_format=torch.channels_last):
+        x = x.as_strided(x.shape, make_channels_last_strides_for(x.shape))
+    return cast(
+        tuple[Tensor | None, ...],
+        _aten.convolution_backward.default(gradient, x, weight, *arguments),
+    )
+
+
+def _max_pool_backward(gradient: Tensor, size: Sequence[int], *arguments: Any) -> Tensor:
+    """The gradient of a max-pool's input of shape ``size``, laid out as the indices are."""
+    *geometry, indices = arguments
+    like = _fake_max_pool_backward(gradient, size, *arguments)
+    return cast(
+        Tensor, _aten.max_pool2d_with_indices_backward.default(gradient, like, *geometry, indices)
+    )
+
+
+def _fake_max_pool_backward(gradient: Tensor, size: Sequence[int], *arguments: Any) -> Tensor:
+    layout = suggest_memory_format(arguments[-1])
+    return torch.empty(size, dtype=gradient.dtype, device=gradient.device, memory_format=layout)
+
+
 def _fake_product(rows: Tensor, columns: torch.SymInt | int) -> Tensor:
     return rows.new_empty((rows.shape[0], columns))
 
@@ -233,6 +279,8 @@ _LIBRARY.impl("linear", _linear, "CPU")
 _LIBRARY.impl("linear_saving_input", _linear_saving_input, "CPU")
 _LIBRARY.impl("linear_add", _linear_add, "CPU")
 _LIBRARY.impl("linear_backward", _linear_backward, "CPU")
+_LIBRARY.impl("convolution_backward", _convolution_backward, "CPU")
+_LIBRARY.impl("max_pool_backward", _max_pool_backward, "CPU")
 
 torch.library.register_fake("optcpu::mm", lambda a, b: _fake_product(a, b.shape[1]), lib=_LIBRARY)
 torch.library.register_fake(
@@ -250,9 +298,15 @@ torch.library.register_fake(
     "optcpu::linear_add", lambda x, weight, *_: _fake_product(x, weight.shape[0]), lib=_LIBRARY
 )
 torch.library.register_fake("optcpu::linear_backward", _fake_linear_backward, lib=_LIBRARY)
+torch.library.register_fake(
+    "optcpu::convolution_backward", _aten.convolution_backward.default, lib=_LIBRARY
+)
+torch.library.register_fake("optcpu::max_pool_backward", _fake_max_pool_backward, lib=_LIBRARY)
 
 mm = torch.ops.optcpu.mm.default
 linear_op = torch.ops.optcpu.linear.default
 linear_saving_input = torch.ops.optcpu.linear_saving_input.default
 linear_add = torch.ops.optcpu.linear_add.default
 linear_backward = torch.ops.optcpu.linear_backward.default
+convolution_backward = torch.ops.optcpu.convolution_backward.default
+max_pool_backward = torch.ops.optcpu.max_pool_backward.default

@@ -12,15 +12,13 @@ from torch import Tensor, nn
 
 from optcpu.pipeline import default_passes
 from passes import (
-    KEPT_WHOLE,
     CancelCasts,
     Canonicalize,
     InsertCasts,
-    MaxPoolInBf16,
     SaveOutputsInBf16,
     SinkUpcasts,
 )
-from passes.activations import expand_activations
+from passes.activations import EXPANSIONS, expand_activations
 from passes.graph import aten
 
 FORWARD: dict[str, Callable[[Tensor], Tensor]] = {
@@ -114,7 +112,7 @@ def test_kept_whole_reach_the_passes_and_none_is_left_for_the_code_generator() -
     model = nn.Sequential(*[m for layer in layers for m in (nn.Linear(6, 6), layer)])
     x = torch.randn(4, 6, requires_grad=True)
     result = run(model, x, passes=[])
-    names = {str(target).removesuffix(".default") for target in KEPT_WHOLE}
+    names = {str(target).removesuffix(".default") for target in EXPANSIONS}
     if torch.__version__ < "2.9":
         names.remove("aten.silu_backward")  # never traced whole
     assert names <= set(result.operators("joint"))
@@ -167,89 +165,6 @@ def test_copies_behind_the_backward_are_not_read() -> None:
 
     module = traced(function, torch.randn(3), torch.randn(3))
     assert rewritten(SaveOutputsInBf16(), module) == 0
-
-
-def pooled(head: nn.Module, pool: nn.Module | None = None) -> nn.Module:
-    norm = nn.BatchNorm2d(3)
-    return nn.Sequential(
-        nn.Conv2d(2, 3, 3, bias=False), norm, nn.ReLU(), pool or nn.MaxPool2d(2), head
-    )
-
-
-POOLS = [
-    Canonicalize(),
-    InsertCasts(),
-    MaxPoolInBf16(),
-    SaveOutputsInBf16(),
-    SinkUpcasts(),
-    CancelCasts(),
-]
-IMAGES = (4, 2, 10, 10)
-
-
-def test_max_pool_reads_bf16() -> None:
-    model = pooled(nn.Conv2d(3, 4, 3))
-    result = run(model, torch.randn(IMAGES, requires_grad=True), passes=POOLS)
-    assert result.fired("max-pool-in-bf16") == 1
-    assert result.fired("save-outputs-in-bf16") == 1
-    (joint,) = (g.final for g in result.record.graphs if g.kind == "joint")
-    assert joint is not None
-    (relu,) = joint.find_nodes(op="call_function", target=aten.relu.default)
-    assert [user.meta["val"].dtype for user in relu.users] == [BF16]
-    names = [name for name in operators(joint) if "pool" in name or name in ("aten.relu", "cast")]
-    start = names.index("aten.relu")
-    assert names[start : start + 3] == [
-        "aten.relu",
-        "cast",
-        "prims._low_memory_max_pool_with_offsets",
-    ]
-
-
-@pytest.mark.parametrize(
-    "model",
-    [
-        pooled(nn.Flatten()),  # the pool's result is wanted in FP32
-        pooled(nn.Conv2d(3, 4, 3), nn.AvgPool2d(2)),  # an average is rounded
-    ],
-)
-def test_pool_is_left_in_fp32(model: nn.Module) -> None:
-    result = run(model, torch.randn(IMAGES), passes=POOLS)
-    assert result.fired("max-pool-in-bf16") == 0
-
-
-def _indices_only(x: Tensor) -> Tensor:
-    return F.max_pool2d(x, 2, return_indices=True)[1]
-
-
-def _neither(x: Tensor) -> Tensor:
-    F.max_pool2d(x, 2)
-    return x + 1
-
-
-@pytest.mark.parametrize("unused_results_stay", [True, False])
-@pytest.mark.parametrize("function", [_indices_only, _neither])
-def test_pool_whose_result_nobody_reads_is_left_alone(
-    function: Callable[[Tensor], Tensor], unused_results_stay: bool
-) -> None:
-    """Its indices, of the FP32 elements, must not become those of rounded ones."""
-    x = torch.randn(2, 3, 8, 8)
-    module = traced(function, x)
-    if not unused_results_stay:
-        for node in reversed(module.graph.nodes):
-            if not node.users and "pool_with" not in str(node.target) and node.op != "output":
-                module.graph.erase_node(node)
-    before = str(module.graph)
-    assert "pool_with" in before
-    assert rewritten(MaxPoolInBf16(), module) == 0
-    assert str(module.graph) == before
-    assert torch.equal(module(x), function(x))
-
-
-def test_pool_in_bf16_is_as_exact_as_autocast() -> None:
-    model = pooled(nn.Conv2d(3, 4, 3))
-    batches = [(torch.randn(IMAGES, requires_grad=True),) for _ in range(4)]
-    result = assert_bf16_parity(model, batches, default_passes("bf16"))
-    assert result.fired("max-pool-in-bf16") == 1
 
 
 @pytest.mark.parametrize("function", [torch.tanh, torch.sigmoid])
