@@ -39,6 +39,7 @@ def default_passes(precision: Precision = "bf16") -> list[p.Pass]:
         p.SubsampleForWeightGradient(),
         p.PoolBeforeRelu(),
         *(in_bf16 if precision == "bf16" else []),
+        p.PoolBackwardBySize(),
         p.ReadUpperHalves(),
         # On each of the two by itself:
         p.UnfoldAttentionBackward(),

@@ -10,7 +10,7 @@ from passes.halves import GradientsInBf16, ReadUpperHalves
 from passes.linear import FuseLinear, RouteProducts
 from passes.linear_backward import FuseLinearBackward
 from passes.lowering import KEPT_WHOLE, lower
-from passes.pooling import MaxPoolInBf16, PoolBeforeRelu, PoolChannelsLast
+from passes.pooling import MaxPoolInBf16, PoolBackwardBySize, PoolBeforeRelu, PoolChannelsLast
 from passes.precision import POLICY, InsertCasts
 
 __all__ = [
@@ -27,6 +27,7 @@ __all__ = [
     "MaxPoolInBf16",
     "Pass",
     "PatternPass",
+    "PoolBackwardBySize",
     "PoolBeforeRelu",
     "PoolChannelsLast",
     "ReadUpperHalves",

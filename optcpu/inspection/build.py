@@ -9,6 +9,7 @@ from torch import fx, nn
 
 from optcpu.inspection.model import GraphReport, PassReport, Region, Stage
 from optcpu.inspection.read import GraphReader, traced_labels
+from optcpu.measure.work import graph_flops
 from optcpu.record import GraphRun, Record
 
 
@@ -87,6 +88,7 @@ def _graph(reader: GraphReader, name: str, run: GraphRun, labels: Mapping[str, s
         initial,
         tuple(reports),
         _read_again(reader, f"{name}/final", run.final, stage, labels),
+        graph_flops(run.initial),
         run.output_code,
     )
 

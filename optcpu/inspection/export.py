@@ -85,6 +85,7 @@ def _graph(graph: GraphReport, nodes: NodeTable) -> dict[str, Any]:
         "initial": _stage(graph.initial, nodes),
         "passes": [_pass(run, nodes) for run in graph.passes],
         "final": _stage(graph.final, nodes),
+        "flops": graph.flops,
         "output_code": graph.output_code,
     }
 

@@ -183,6 +183,8 @@ class GraphReport:
         initial: before the first pass.
         passes: in the order they ran.
         final: as it went to the code generator.
+        flops: floating-point operations in its products, convolutions and attention; a multiply-add
+            counts as two.
         output_code: what Inductor generated, if that was asked for.
     """
 
@@ -191,6 +193,7 @@ class GraphReport:
     initial: Stage
     passes: tuple[PassReport, ...]
     final: Stage
+    flops: int
     output_code: str | None = None
 
 

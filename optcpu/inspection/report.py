@@ -111,6 +111,9 @@ def _facts(inspection: Inspection) -> RenderableType:
     table.add_column(overflow="fold")
     for kind, stages in _sizes(inspection).items():
         table.add_row(f"{kind} nodes", stages)
+    products = _products(inspection)
+    if products:
+        table.add_row("products", products)
     for kind, casts in inspection.casts_left().items():
         table.add_row(f"{kind} casts", _listed(casts) or "none")
     fused: dict[str, list[str]] = {}
@@ -135,6 +138,17 @@ def _sizes(inspection: Inspection) -> dict[str, str]:
         before, after = sizes.get(graph.kind, (0, 0))
         sizes[graph.kind] = (before + len(graph.initial), after + len(graph.final))
     return {kind: f"{before} before, {after} after" for kind, (before, after) in sizes.items()}
+
+
+def _products(inspection: Inspection) -> str:
+    """As in ``"1.2 GFLOP forward, 2.4 backward"``; empty where there are none."""
+    flops: Counter[str] = Counter()
+    for graph in inspection.graphs:
+        if graph.kind != "joint":  # which is both of the others
+            flops[graph.kind] += graph.flops
+    if not any(flops.values()):
+        return ""
+    return "GFLOP: " + ", ".join(f"{count / 1e9:.3g} {kind}" for kind, count in flops.items())
 
 
 def _listed(counts: Mapping[str, int]) -> str:

@@ -7,11 +7,13 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, fx
 from torch.optim import Optimizer
+from torch.utils._pytree import tree_map_only
 from torch.utils.flop_counter import FlopCounterMode, sdpa_backward_flop_count, sdpa_flop_count
 
 from optcpu.measure.roofline import Limits
+from passes.graph import likely_size, value
 
 _BYTES = {"fp32": 4, "bf16": 2}
 
@@ -106,6 +108,21 @@ def flop_counter() -> FlopCounterMode:
             aten.mkldnn_rnn_layer_backward: _recurrent_layer_backward,
         },
     )
+
+
+def graph_flops(graph: fx.Graph) -> int:
+    """Floating-point operations of the products, convolutions and attention in a graph of ATen operators.
+
+    A size that varies counts as what it was when the graph was captured.
+    """
+    formulas = flop_counter().flop_registry
+    total = 0
+    for node in graph.nodes:
+        formula = formulas.get(getattr(node.target, "overloadpacket", None))
+        if formula is not None:
+            args, kwargs = tree_map_only(fx.Node, value, (node.args, node.kwargs))
+            total += likely_size(formula(*args, **kwargs, out_val=value(node)))
+    return total
 
 
 def _attention(query: Shape, key: Shape, value: Shape, *_: Any, **__: Any) -> int:

@@ -174,3 +174,35 @@ def test_fake_results_match_real_ones(rows: int) -> None:
     )
     for operator, arguments in calls:
         torch.library.opcheck(operator, arguments, test_utils=("test_schema", "test_faketensor"))
+
+
+@pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last])
+@pytest.mark.parametrize("channels", [1, 3])
+def test_image_operators_are_pytorchs_in_any_layout(
+    channels: int, layout: torch.memory_format
+) -> None:
+    x, weight = torch.randn(2, channels, 7, 6), torch.randn(8, channels, 3, 3)
+    gradient = torch.randn(2, 8, 5, 4).contiguous(memory_format=layout)
+    geometry = ([1, 1], [0, 0], [1, 1], False, [0, 0], 1)
+    aten = torch.ops.aten
+    for wanted in ([True, True, True], [False, True, False]):
+        arguments = (gradient, x.contiguous(memory_format=layout), weight, [8], *geometry, wanted)
+        got = ops.convolution_backward(*arguments)
+        expected = aten.convolution_backward(gradient, x, weight, [8], *geometry, wanted)
+        for one, other in zip(got, expected, strict=True):
+            assert (one is None) == (other is None)
+            if one is not None:
+                torch.testing.assert_close(one, other, rtol=1e-5, atol=1e-5)
+    torch.library.opcheck(ops.convolution_backward, arguments, test_utils="test_schema")
+
+    pooled, where = torch.nn.functional.max_pool2d(x, 3, 2, 1, return_indices=True)
+    where = where.contiguous(memory_format=layout)
+    gradient = torch.randn_like(pooled)
+    pool = ([3, 3], [2, 2], [1, 1], [1, 1], False)
+    arguments = (gradient, x.shape, *pool, where)
+    result = ops.max_pool_backward(*arguments)
+    expected = aten.max_pool2d_with_indices_backward(gradient, x, *pool, where)
+    assert torch.equal(result, expected)
+    assert result.is_contiguous(memory_format=layout)
+    checks = ("test_schema", "test_faketensor")
+    torch.library.opcheck(ops.max_pool_backward, arguments, test_utils=checks)

@@ -21,6 +21,7 @@ from passes import (
     Canonicalize,
     InsertCasts,
     MaxPoolInBf16,
+    PoolBackwardBySize,
     PoolBeforeRelu,
     PoolChannelsLast,
     SaveOutputsInBf16,
@@ -98,11 +99,19 @@ def test_golden_sequence() -> None:
     names = result.operators("backward")
     backward = ["aten.max_pool2d_with_indices_backward", "aten.convolution_backward"]
     assert [n for n in names if "backward" in n] == ["aten.threshold_backward", *backward]
-    saved = result.record.graphs[-1].initial
-    assert saved is not None
-    # Of the ReLU's size there is the convolution's result only, of which the pool wants the shape.
-    large = [n for n in saved.find_nodes(op="placeholder") if n.meta["val"].shape == (1, 3, 6, 6)]
-    assert [node.name for node in large] == ["convolution"]
+
+
+def test_nothing_of_the_size_of_the_pools_input_is_saved() -> None:
+    model = nn.Sequential(nn.Conv2d(2, 3, 3), nn.ReLU(), nn.MaxPool2d(2))
+    x = torch.randn(1, 2, 8, 8)
+    result = assert_parity(model, x, passes=[*SWAP, PoolBackwardBySize()])
+    assert result.fired("pool-backward-by-size") == 1
+    (backward,) = (g.initial for g in result.record.graphs if g.kind == "backward")
+    assert backward is not None
+    saved = [node.meta["val"].shape for node in backward.find_nodes(op="placeholder")]
+    assert torch.Size([1, 3, 6, 6]) not in saved
+    assert torch.Size([1, 3, 3, 3]) in saved
+    assert "optcpu.max_pool_backward" in result.operators("backward")
 
 
 class _Skip(nn.Module):

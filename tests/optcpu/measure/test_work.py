@@ -6,6 +6,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+import optcpu
 from optcpu.measure.roofline import Limits
 from optcpu.measure.work import Work, flop_counter, ideal_step, state_values
 
@@ -83,3 +84,10 @@ def test_the_ideal_step() -> None:
     assert ideal.product_ms == pytest.approx(40)
     assert ideal.update_ms == pytest.approx(10)
     assert ideal.step_ms == pytest.approx(50)
+
+
+def test_the_graphs_of_a_model_have_the_work_of_its_step() -> None:
+    model = nn.Sequential(nn.Conv2d(1, 4, 3), nn.Flatten(), nn.Linear(4 * 6 * 6, 5))
+    x = torch.randn(2, 1, 8, 8)
+    graphs = {graph.kind: graph.flops for graph in optcpu.inspect(model, x).graphs}
+    assert graphs["joint"] == graphs["forward"] + graphs["backward"] == flops(model, x)
