@@ -17,14 +17,13 @@ from passes.graph import (
     cast,
     dtype,
     emit,
-    escapes,
     fill_value,
     is_call,
     is_rounding,
     sizes,
     value,
 )
-from passes.layout import has_convolution, written_channels_last
+from passes.layout import has_convolution, is_seen_by_caller, written_channels_last
 
 MAX_POOLS = (
     aten.max_pool2d_with_indices.default,
@@ -69,7 +68,7 @@ def _swap(pool: fx.Node) -> bool:
     results = [item for item in pool.users if item.args[1] == 0]
     if len(results) != 1 or len(relu.users) != 1 + len(backward) + len(thresholds):
         return False
-    if not _is_backward_of_both(backward, thresholds):
+    if not _is_backward_of_both(backward, thresholds) or _places_are_read(pool):
         return False
     (result,), source, graph = results, relu.args[0], pool.graph
     pool.update_arg(0, source)
@@ -85,6 +84,15 @@ def _swap(pool: fx.Node) -> bool:
         graph.erase_node(threshold)
     graph.erase_node(relu)
     return True
+
+
+def _places_are_read(pool: fx.Node) -> bool:
+    """Whether anything but the pool's backward wants to know where the largest elements are."""
+    places = [item for item in pool.users if item.args[1] == 1]
+    readers = [reader for place in places for reader in place.users]
+    readers += [last for r in readers if is_call(r, _indices_of_offsets) for last in r.users]
+    known = (MAX_POOL_BACKWARD, _indices_of_offsets)
+    return not all(is_call(reader, *known) for reader in readers)
 
 
 def _is_backward_of_both(backward: list[fx.Node], thresholds: list[fx.Node]) -> bool:
@@ -129,7 +137,7 @@ def _round_first(pool: fx.Node) -> bool:
     assert isinstance(source, fx.Node)
     backward = [user for user in result.users if _is_backward_of_relu(user, result)]
     readers = [user for user in result.users if user not in backward]
-    if not readers or not all(map(is_rounding, readers)):
+    if not readers or not all(map(is_rounding, readers)) or _places_are_read(pool):
         return False
     with graph.inserting_before(pool):
         narrow = cast(pool, source, torch.bfloat16)
@@ -180,7 +188,8 @@ class PoolChannelsLast(Pass):
 
         m, where = max_pool(convolution(x, w)); ... channels_last(m), channels_last(where)
 
-    Fires once for each result. No code is generated for it: the order of writing changes.
+    Fires once for each result whose strides no output for the caller depends on. No code is generated for
+    it: the order of writing changes.
     """
 
     stage: ClassVar[Stage] = "split"
@@ -192,13 +201,8 @@ class PoolChannelsLast(Pass):
 
 
 def _lay_out(node: fx.Node) -> bool:
-    """Let what reads one result of a max-pool read it channels-last; whether that can be.
-
-    The caller gets the strides that it was promised, but offsets within windows never reach it.
-    """
-    result = value(node)
-    is_offsets = result.dtype == torch.int8
-    if not _is_image(result) or (not is_offsets and escapes(node)):
+    """Let what reads one result of a max-pool read it channels-last; whether that can be."""
+    if not _is_image(value(node)) or is_seen_by_caller(node):
         return False
     with node.graph.inserting_after(node):
         laid_out = written_channels_last(node, node)
@@ -254,24 +258,38 @@ def expand_backward(graph: fx.Graph) -> int:
     channels_last = has_convolution(graph)
     fired = 0
     for node in calls(graph, ops.max_pool_backward):
-        if _is_tiling(node):
-            with graph.inserting_before(node):
-                node.replace_all_uses_with(_select(node, channels_last and _is_image(value(node))))
-            graph.erase_node(node)
         fired += 1
+        if not is_call(node.args[-1], _indices_of_offsets):
+            continue
+        with graph.inserting_before(node):
+            if not _has_known_sizes(node):
+                inside = emit(
+                    node, aten.maximum.default, node.args[-1], _scalar(node, 0, torch.int64)
+                )
+                node.update_arg(len(node.args) - 1, inside)
+            elif _is_tiling(node):
+                image = channels_last and _is_image(value(node)) and not is_seen_by_caller(node)
+                node.replace_all_uses_with(_select(node, image))
+                graph.erase_node(node)
+            else:
+                node.update_arg(len(node.args) - 1, _indices_inside(node))
     graph.eliminate_dead_code()
     return fired
 
 
+def _has_known_sizes(node: fx.Node) -> bool:
+    """Whether the images are of known size, and no larger than what FP32 can count."""
+    height, width = value(node).shape[-2:]
+    return isinstance(height, int) and isinstance(width, int) and height * width < 2**24
+
+
 def _is_tiling(node: fx.Node) -> bool:
-    """Whether each element of the pool's input is in one window at most, and its place there known."""
-    _, _, kernel, stride, padding, dilation, _, indices = node.args
+    """Whether each element of the pool's input is in one window at most."""
+    _, _, kernel, stride, padding, dilation, *_ = node.args
     return (
         _pair(stride or kernel) == _pair(kernel)
         and _pair(padding) == (0, 0)
         and _pair(dilation) == (1, 1)
-        and is_call(indices, _indices_of_offsets)
-        and all(isinstance(size, int) for size in value(node).shape[-2:])
     )
 
 
@@ -293,7 +311,7 @@ def _select(node: fx.Node, channels_last: bool) -> fx.Node:
     place = emit(node, aten.view.default, cast(node, place, torch.float32), [height, 1, width])
     # Compared as FP32, since converting a mask of bytes took twice as long as all the rest.
     chosen = emit(node, aten.eq.Tensor, cast(node, _spread(node, offsets), torch.float32), place)
-    zero = emit(node, aten.full.default, [], 0.0, dtype=dtype(gradient), device=numbers["device"])
+    zero = _scalar(node, 0, value(gradient).dtype)
     if channels_last:
         gradient = written_channels_last(node, gradient)
     whole = emit(node, aten.where.self, chosen, _spread(node, gradient), zero)
@@ -301,6 +319,45 @@ def _select(node: fx.Node, channels_last: bool) -> fx.Node:
     image = emit(node, aten.reshape.default, whole, [*batch, rows * height, columns * width])
     image = _fit(node, image, value(node).shape[-2:])
     return written_channels_last(node, image) if channels_last else image
+
+
+def _scalar(node: fx.Node, number: int, of: torch.dtype) -> fx.Node:
+    return emit(node, aten.full.default, [], number, dtype=of, device=value(node).device)
+
+
+def _indices_inside(node: fx.Node) -> fx.Node:
+    """What the pool's offsets within windows are as indices into its input; none of them is outside.
+
+    Offsets may point into the padding where all of a window is -inf, and PyTorch's kernel would write
+    there. Computed in FP32, which is exact up to 2**24 and several times as fast as integers.
+    """
+    gradient, _, kernel, stride, padding, dilation, _, indices = node.args
+    assert isinstance(indices, fx.Node)
+    (offsets, *_) = indices.args
+    assert isinstance(offsets, fx.Node)
+    device = value(node).device
+
+    def positions(axis: int, offset: fx.Node) -> fx.Node:
+        count, last = value(gradient).shape[axis], value(node).shape[axis] - 1
+        numbers = {"start": -_pair(padding)[axis], "step": _pair(stride or kernel)[axis]}
+        starts = emit(
+            node, _iota, count, **numbers, dtype=torch.int32, device=device, requires_grad=False
+        )
+        starts = cast(node, starts, torch.float32)
+        if axis == -2:
+            starts = emit(node, aten.unsqueeze.default, starts, -1)
+        moved = emit(node, aten.mul.Tensor, offset, float(_pair(dilation)[axis]))
+        place = emit(node, aten.add.Tensor, moved, starts)
+        place = emit(node, aten.maximum.default, place, _scalar(node, 0, torch.float32))
+        return emit(node, aten.minimum.default, place, _scalar(node, last, torch.float32))
+
+    width = float(_pair(kernel)[-1])
+    number = cast(node, offsets, torch.float32)
+    middle = emit(node, aten.add.Tensor, number, 0.5)
+    row = emit(node, aten.floor.default, emit(node, aten.mul.Tensor, middle, 1 / width))
+    column = emit(node, aten.sub.Tensor, number, emit(node, aten.mul.Tensor, row, width))
+    above = emit(node, aten.mul.Tensor, positions(-2, row), float(value(node).shape[-1]))
+    return cast(node, emit(node, aten.add.Tensor, above, positions(-1, column)), torch.int64)
 
 
 def _spread(node: fx.Node, tensor: fx.Node) -> fx.Node:

@@ -11,7 +11,12 @@ from typing import Any
 import torch
 from torch import nn
 from torch.optim import Optimizer
-from torch.optim.lr_scheduler import LRScheduler, OneCycleLR, ReduceLROnPlateau
+from torch.optim.lr_scheduler import (
+    ChainedScheduler,
+    LRScheduler,
+    OneCycleLR,
+    ReduceLROnPlateau,
+)
 
 from optcpu.cpu import capabilities
 from optcpu.errors import OptcpuError
@@ -212,15 +217,20 @@ def make_scheduler(
         raise ValueError("the scheduler is of another optimizer: make it of the one that trains")
     if isinstance(scheduler, ReduceLROnPlateau) and not validates:
         raise ValueError("ReduceLROnPlateau follows the loss of validation: give validation_data")
-    if isinstance(scheduler, OneCycleLR):
-        left = scheduler.total_steps - scheduler.last_epoch
-        if total_steps is None or total_steps > left:
-            steps = "an unknown number of" if total_steps is None else total_steps
-            raise ValueError(
-                f"OneCycleLR has {left} optimizer steps to its end, and the run has {steps}: give it the "
-                "total_steps of the run (a step takes accumulation_steps micro-batches)"
-            )
+    for one in scheduler._schedulers if isinstance(scheduler, ChainedScheduler) else [scheduler]:
+        if isinstance(one, OneCycleLR):
+            _check_end(one, total_steps)
     return scheduler
+
+
+def _check_end(scheduler: OneCycleLR, total_steps: int | None) -> None:
+    left = scheduler.total_steps - scheduler.last_epoch
+    if total_steps is None or total_steps > left:
+        steps = "an unknown number of" if total_steps is None else total_steps
+        raise ValueError(
+            f"OneCycleLR has {left} optimizer steps to its end, and the run has {steps}: give it the "
+            "total_steps of the run (a step takes accumulation_steps micro-batches)"
+        )
 
 
 def make_freezer(

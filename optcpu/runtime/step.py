@@ -63,8 +63,11 @@ def collect(
     """
     batches = [as_batches(tuple(one) if isinstance(one, list) else one)[0] for one in raw]
     sizes = [size_of(batch) for batch in batches]
-    if min(sizes) < 1:
-        raise ValueError(f"a micro-batch counts {min(sizes)} samples; at least 1 was expected")
+    for size in sizes:
+        if not isinstance(size, int):
+            raise TypeError(f"size_of must give the number of samples in a batch, not {size!r}")
+        if size < 1:
+            raise ValueError(f"a micro-batch counts {size} samples; at least 1 was expected")
     (total,) = sum_over_all(float(sum(sizes)))
     return MicroBatches(batches, before, int(total), sizes=sizes)
 
@@ -116,6 +119,11 @@ class StepRunner:
             what = tuple(loss.shape) if isinstance(loss, Tensor) else type(loss).__name__
             raise TypeError(
                 f"the loss must be a tensor with one number, the mean over the batch, not {what}"
+            )
+        if not loss.requires_grad:
+            raise TypeError(
+                "the loss depends on no parameter that is trained: compute it from the model's output "
+                "without detach(), item() or torch.no_grad()"
             )
         value = loss.item()
         if not math.isfinite(value):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any, Protocol, TypeAlias, runtime_checkable
 
@@ -69,8 +70,8 @@ class Accuracy:
         self._counted += int(counted.sum())
 
     def compute(self) -> float:
-        """Of all batches."""
-        return self._hits / max(1, self._counted)
+        """Of all batches; NaN where nothing counted."""
+        return self._hits / self._counted if self._counted else math.nan
 
 
 def _classes(logits: Tensor, target: Tensor) -> Tensor:

@@ -28,7 +28,7 @@ from passes import (
     SinkUpcasts,
 )
 from passes.graph import aten
-from passes.pooling import MAX_POOLS, expand_backward
+from passes.pooling import MAX_POOL_BACKWARD, MAX_POOLS, expand_backward
 
 BF16 = torch.bfloat16
 SWAP = [Canonicalize(), PoolBeforeRelu()]
@@ -126,10 +126,23 @@ class _Returned(nn.Module):
         return F.max_pool2d(y, 2), y
 
 
+class _Places(nn.Module):
+    """Wants to know where the largest elements are."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.pool = nn.MaxPool2d(2, return_indices=True)
+
+    def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        y, where = self.pool(torch.relu(x - 1))
+        return y, where
+
+
 @pytest.mark.parametrize(
     "model",
     [
         _Skip(),
+        _Places(),
         _Returned(),
         nn.Sequential(nn.LeakyReLU(), nn.MaxPool2d(2)),
         nn.Sequential(nn.ReLU(), nn.AvgPool2d(2)),
@@ -188,6 +201,32 @@ def test_backward_in_any_geometry(
     assert ("aten.where.self" in names) == tiles
 
 
+@pytest.mark.parametrize("known_sizes", [True, False])
+@pytest.mark.parametrize("kernel", [2, 3, (2, 5)])
+def test_windows_of_minus_infinity_get_their_gradient_inside(
+    kernel: Any, known_sizes: bool
+) -> None:
+    """Offsets of such windows point into the padding, where nothing may be written."""
+    x = torch.full((2, 2, 9, 8), -math.inf)
+    x[:, 1, 4:] = torch.randn(2, 5, 8)
+    geometry = {"kernel_size": kernel, "stride": 2, "padding": 1}
+    function, gradient = pool_backward(geometry, x)
+    module = traced(function, gradient, x)
+    if not known_sizes:
+        (node,) = module.graph.find_nodes(op="call_function", target=MAX_POOL_BACKWARD)
+        node.meta["val"] = torch.empty(1, 1, 2**13, 2**13, device="meta")  # large is unknown
+    expand_backward(module.graph)
+    module.recompile()
+    got = module(gradient, x)
+    if known_sizes:
+        x.requires_grad_()
+        (expected,) = torch.autograd.grad(nn.MaxPool2d(**geometry)(x), x, gradient)
+        assert torch.equal(got, expected)
+    else:
+        assert got.isfinite().all()
+        assert "aten.maximum" in operators(module.graph)
+
+
 def test_backward_sequence() -> None:
     x = torch.randn(1, 2, 5, 5)
     function, gradient = pool_backward({"kernel_size": 2}, x)
@@ -219,11 +258,55 @@ class _Ending(nn.Module):
 def test_results_are_written_channels_last() -> None:
     result = run(_Ending(), torch.randn(4, 1, 12, 12), passes=[PoolChannelsLast()])
     assert result.fired("pool-channels-last") == 1  # the offsets: the rest is an output
-    hidden = nn.Sequential(nn.Conv2d(1, 2, 3), nn.MaxPool2d(2), nn.ReLU())
+    hidden = nn.Sequential(nn.Conv2d(1, 2, 3), nn.ReLU(), nn.MaxPool2d(2), nn.Flatten())
     result = run(hidden, torch.randn(4, 1, 12, 12), passes=[*SWAP, PoolChannelsLast()])
     assert result.fired("pool-channels-last") == 2
     result = run(Pooled(kernel_size=2), torch.randn(4, 2, 12, 12), passes=[PoolChannelsLast()])
     assert result.fired("pool-channels-last") == 0  # no convolution
+
+
+@pytest.mark.parametrize("dynamic", [False, True])
+@pytest.mark.parametrize(
+    "geometry",
+    [
+        {"kernel_size": 2},
+        {"kernel_size": 3, "stride": 2, "padding": 1},
+        {"kernel_size": (2, 3), "ceil_mode": True},
+        {"kernel_size": 2, "stride": 3, "dilation": 2},
+    ],
+)
+def test_generated_code_gives_the_gradients_of_eager(
+    geometry: dict[str, Any], dynamic: bool
+) -> None:
+    pool = nn.MaxPool2d(**geometry)
+    model = nn.Sequential(nn.Conv2d(1, 4, 3), nn.ReLU(), pool, nn.Conv2d(4, 2, 1), nn.Flatten())
+    x = torch.randn(2, 1, 13, 11)
+    model(x).square().sum().backward()
+    expected = {name: p.grad for name, p in model.named_parameters()}
+    model.zero_grad()
+    optcpu.optimize(model, precision="fp32", dynamic=dynamic, fallback=False)
+    model(x).square().sum().backward()
+    for name, parameter in model.named_parameters():
+        torch.testing.assert_close(parameter.grad, expected[name], rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize(
+    "model",
+    [
+        nn.Sequential(nn.Conv2d(3, 8, 3), nn.ReLU(), nn.MaxPool2d(2)),
+        nn.Sequential(nn.Conv2d(3, 8, 3), nn.ReLU(), nn.MaxPool2d(2, return_indices=True)),
+        nn.Sequential(nn.Conv2d(3, 8, 3), nn.ReLU(), nn.MaxPool2d(3, 2, 1), nn.Conv2d(8, 4, 1)),
+        nn.Sequential(nn.Conv2d(3, 8, 3), nn.MaxPool2d(2), nn.Flatten(2)),
+    ],
+)
+def test_outputs_have_the_strides_of_eager_ones(model: nn.Module) -> None:
+    x = torch.randn(2, 3, 12, 12)
+    expected = model(x)
+    got = optcpu.optimize(model, precision="fp32")(x)
+    pairs = zip(got, expected, strict=True) if isinstance(got, tuple) else [(got, expected)]
+    for one, other in pairs:
+        assert one.stride() == other.stride()
+        torch.testing.assert_close(one, other)
 
 
 def test_generated_code_is_channels_last_up_to_the_pool() -> None:

@@ -174,6 +174,9 @@ def test_parts_that_do_not_belong_together_are_refused() -> None:
         small_trainer(
             model, scheduler=lambda o: schedulers.OneCycleLR(o, 0.1, total_steps=3), **given
         )
+    chain = schedulers.ChainedScheduler([schedulers.OneCycleLR(optimizer, 0.1, total_steps=3)])
+    with pytest.raises(ValueError, match="OneCycleLR has 3 optimizer steps"):
+        small_trainer(model, scheduler=chain, **given)
     with pytest.raises(ValueError, match="give either scheduler or schedule"):
         small_trainer(model, scheduler="cosine", schedule="linear")
     optimizer.add_param_group({"params": list(other.parameters())})
@@ -215,6 +218,18 @@ def test_a_label_out_of_range_is_told() -> None:
     data = TensorDataset(torch.randn(4, 6), torch.tensor([0, 1, 2, 3]))
     with pytest.raises(ValueError, match="the target has class 3, but the output has 3 classes"):
         small_trainer(data=data).train()
+
+
+def test_a_size_that_is_none_is_told() -> None:
+    with pytest.raises(TypeError, match=r"size_of must give the number of samples.* not None"):
+        small_trainer(size_of=lambda batch: None).train()
+    with pytest.raises(ValueError, match="a micro-batch counts 0 samples"):
+        small_trainer(size_of=lambda batch: 0).train()
+
+
+def test_a_loss_that_trains_nothing_is_told() -> None:
+    with pytest.raises(TypeError, match="the loss depends on no parameter that is trained"):
+        small_trainer(loss=lambda output, batch: output.detach().sum()).train()
 
 
 def test_nothing_to_validate_on() -> None:

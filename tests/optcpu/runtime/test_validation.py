@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import math
 import random
 from typing import Any
 
@@ -119,7 +120,7 @@ def test_accuracy_counts_targets_and_not_batches() -> None:
     metric.update(torch.tensor([[1.0, 0.0]] * 4), torch.tensor([0, -100, -100, -100]))
     assert metric.compute() == 0.4
     metric.reset()
-    assert metric.compute() == 0
+    assert math.isnan(metric.compute())
 
 
 def test_accuracy_of_what_has_no_classes() -> None:
@@ -211,3 +212,9 @@ def test_what_is_no_number_is_told(value: Any) -> None:
             default_loss,
             {"mine": lambda output, batch: value},
         )
+
+
+def test_accuracy_of_nothing_is_no_number() -> None:
+    metric = Accuracy()
+    metric.update(torch.randn(3, 2), torch.full((3,), -100))
+    assert math.isnan(metric.compute())
