@@ -159,9 +159,8 @@ class Backend:
 
 
 _RAN = "optcpu_joint_passes_ran"
-_LONGEST_CHAIN_OF_VIEWS = (
-    3  # an output that is a view hangs on its base by nodes that PyTorch has added
-)
+# An output that is a view hangs on its base by nodes that PyTorch has added.
+_LONGEST_CHAIN_OF_VIEWS = 3
 
 
 class _JointPasses(CustomGraphPass):  # type: ignore[misc]

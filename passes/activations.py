@@ -1,9 +1,9 @@
 """Activations: kept whole while passes look for them, then written out for the code generator.
 
 PyTorch normally decomposes ``gelu`` and its like while it captures the graph, which leaves ten
-pointwise operators that no pass recognises. optcpu keeps the operators of :data:`EXPANSIONS` as they
-are and :func:`expand_activations` writes out what no fusion took, in the form that runs fastest on
-CPUs.
+pointwise operators that no pass recognises. optcpu keeps the operators of
+:data:`ACTIVATION_EXPANSIONS` as they are and :func:`expand_activations` writes out what no fusion took,
+in the form that runs fastest on CPUs.
 """
 
 from __future__ import annotations
@@ -105,7 +105,7 @@ def _gelu_backward(gradient: Tensor, x: Tensor, *, approximate: str = "none") ->
     return gradient * (cumulative + x * density)
 
 
-EXPANSIONS: dict[Any, Callable[..., Tensor]] = {
+ACTIVATION_EXPANSIONS: dict[Any, Callable[..., Tensor]] = {
     aten.threshold_backward.default: _relu_backward,
     aten.tanh_backward.default: _tanh_backward,
     aten.sigmoid_backward.default: _sigmoid_backward,
@@ -117,13 +117,13 @@ EXPANSIONS: dict[Any, Callable[..., Tensor]] = {
 
 
 def expand_activations(graph: fx.Graph) -> int:
-    """Write out every operator of :data:`EXPANSIONS` that is left; return how many there were.
+    """Write out every operator of :data:`ACTIVATION_EXPANSIONS` that is left; return how many there were.
 
     BF16 operands are computed in FP32 and rounded once.
     """
     fired = 0
-    for node in calls(graph, *EXPANSIONS):
-        _expand(node, EXPANSIONS[node.target])
+    for node in calls(graph, *ACTIVATION_EXPANSIONS):
+        _expand(node, ACTIVATION_EXPANSIONS[node.target])
         fired += 1
     return fired
 

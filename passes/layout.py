@@ -7,7 +7,6 @@ from torch import Tensor, fx
 from torch._prims_common import make_channels_last_strides_for
 from torch.utils._pytree import tree_leaves
 
-from passes import ops
 from passes.graph import aten, calls, emit, is_call, value
 
 _force_stride_order = torch.ops.prims.inductor_force_stride_order.default
@@ -52,16 +51,3 @@ def written_channels_last(origin: fx.Node, image: fx.Node) -> fx.Node:
     """``image``, of four dimensions and known sizes, written channels-last by what computes it."""
     strides = make_channels_last_strides_for(value(image).shape)
     return emit(origin, _force_stride_order, image, list(strides))
-
-
-def call_native_convolution_backward(graph: fx.Graph) -> int:
-    """Call PyTorch's backward of convolutions as optcpu's operator; return how many there were.
-
-    Inductor would lay out the operands of the original one by the strides of the weight gradient (PyTorch
-    2.13), which say nothing where there is one channel.
-    """
-    fired = 0
-    for node in calls(graph, aten.convolution_backward.default):
-        node.target = ops.convolution_backward
-        fired += 1
-    return fired

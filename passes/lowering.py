@@ -28,20 +28,21 @@ import torch
 from torch import fx
 
 from passes import ops
-from passes.activations import EXPANSIONS, expand_activations
+from passes.activations import ACTIVATION_EXPANSIONS, expand_activations
+from passes.convolution import call_native_backward
 from passes.gemm import is_small
 from passes.graph import aten, calls, cast, emit, likely_size, value
-from passes.layout import call_native_convolution_backward
 from passes.pooling import MAX_POOL_BACKWARD, expand_backward
 
 # What PyTorch would decompose while it captures a graph, and passes want to see as it is.
-KEPT_WHOLE: tuple[Any, ...] = (*EXPANSIONS, MAX_POOL_BACKWARD)
+KEPT_WHOLE: tuple[Any, ...] = (*ACTIVATION_EXPANSIONS, MAX_POOL_BACKWARD)
 
 
 def lower(graph: fx.Graph) -> int:
     """Write out what generated code computes better than a call, and the other way round.
 
-    Small products and activations are written out, the backward of max-pools becomes a call.
+    Small products, activations and the backward of max-pools whose windows do not overlap are written
+    out; that of other max-pools and of convolutions becomes a call.
 
     Returns:
         How many fused operators were written out.
@@ -49,17 +50,17 @@ def lower(graph: fx.Graph) -> int:
     fired = expand_small_products(graph)
     expand_activations(graph)
     expand_backward(graph)
-    call_native_convolution_backward(graph)
+    call_native_backward(graph)
     return fired
 
 
 def expand_small_products(graph: fx.Graph) -> int:
     """Write out the fused operators whose product is small; return how many there were."""
     fired = 0
-    for node in calls(graph, *_EXPANSIONS):
+    for node in calls(graph, *_PRODUCT_EXPANSIONS):
         if _is_small(node):
             with graph.inserting_before(node):
-                _replace(node, _EXPANSIONS[node.target](node, *node.args))
+                _replace(node, _PRODUCT_EXPANSIONS[node.target](node, *node.args))
             fired += 1
     graph.eliminate_dead_code()
     return fired
@@ -157,7 +158,7 @@ def _linear_backward(
     return [x_gradient, cast(node, weight_gradient, weight_dtype), bias_gradient]
 
 
-_EXPANSIONS: dict[Any, Callable[..., fx.Node | list[fx.Node | None]]] = {
+_PRODUCT_EXPANSIONS: dict[Any, Callable[..., fx.Node | list[fx.Node | None]]] = {
     ops.mm: _mm,
     ops.linear_op: _linear,
     ops.linear_saving_input: _linear_saving_input,

@@ -243,13 +243,14 @@ def _convolution_backward(
 def _max_pool_backward(gradient: Tensor, size: Sequence[int], *arguments: Any) -> Tensor:
     """The gradient of a max-pool's input of shape ``size``, laid out as the indices are."""
     *geometry, indices = arguments
-    like = _fake_max_pool_backward(gradient, size, *arguments)
+    like = _empty_max_pool_backward(gradient, size, *arguments)
     return cast(
         Tensor, _aten.max_pool2d_with_indices_backward.default(gradient, like, *geometry, indices)
     )
 
 
-def _fake_max_pool_backward(gradient: Tensor, size: Sequence[int], *arguments: Any) -> Tensor:
+def _empty_max_pool_backward(gradient: Tensor, size: Sequence[int], *arguments: Any) -> Tensor:
+    """What :func:`_max_pool_backward` fills, with nothing in it."""
     layout = suggest_memory_format(arguments[-1])
     return torch.empty(size, dtype=gradient.dtype, device=gradient.device, memory_format=layout)
 
@@ -301,7 +302,7 @@ torch.library.register_fake("optcpu::linear_backward", _fake_linear_backward, li
 torch.library.register_fake(
     "optcpu::convolution_backward", _aten.convolution_backward.default, lib=_LIBRARY
 )
-torch.library.register_fake("optcpu::max_pool_backward", _fake_max_pool_backward, lib=_LIBRARY)
+torch.library.register_fake("optcpu::max_pool_backward", _empty_max_pool_backward, lib=_LIBRARY)
 
 mm = torch.ops.optcpu.mm.default
 linear_op = torch.ops.optcpu.linear.default

@@ -141,14 +141,14 @@ def _sizes(inspection: Inspection) -> dict[str, str]:
 
 
 def _products(inspection: Inspection) -> str:
-    """As in ``"1.2 GFLOP forward, 2.4 backward"``; empty where there are none."""
+    """As in ``"1.2 GFLOP forward, 2.4 GFLOP backward"``; empty where there are none."""
     flops: Counter[str] = Counter()
     for graph in inspection.graphs:
         if graph.kind != "joint":  # which is both of the others
             flops[graph.kind] += graph.flops
     if not any(flops.values()):
         return ""
-    return "GFLOP: " + ", ".join(f"{count / 1e9:.3g} {kind}" for kind, count in flops.items())
+    return ", ".join(f"{count / 1e9:.3g} GFLOP {kind}" for kind, count in flops.items())
 
 
 def _listed(counts: Mapping[str, int]) -> str:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import operator
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
@@ -62,14 +63,21 @@ def collect(
         TypeError, ValueError: one of them is no batch.
     """
     batches = [as_batches(tuple(one) if isinstance(one, list) else one)[0] for one in raw]
-    sizes = [size_of(batch) for batch in batches]
-    for size in sizes:
-        if not isinstance(size, int):
-            raise TypeError(f"size_of must give the number of samples in a batch, not {size!r}")
-        if size < 1:
-            raise ValueError(f"a micro-batch counts {size} samples; at least 1 was expected")
+    sizes = [_whole(size_of(batch)) for batch in batches]
+    if min(sizes) < 1:
+        raise ValueError(f"a micro-batch counts {min(sizes)} samples; at least 1 was expected")
     (total,) = sum_over_all(float(sum(sizes)))
     return MicroBatches(batches, before, int(total), sizes=sizes)
+
+
+def _whole(size: Any) -> int:
+    """``size`` as an integer: that of Python, NumPy or a tensor with one."""
+    try:
+        return operator.index(size)
+    except TypeError:
+        raise TypeError(
+            f"size_of must give the number of samples in a batch, an integer, not {size!r}"
+        ) from None
 
 
 class StepRunner:

@@ -18,7 +18,7 @@ from passes import (
     SaveOutputsInBf16,
     SinkUpcasts,
 )
-from passes.activations import EXPANSIONS, expand_activations
+from passes.activations import ACTIVATION_EXPANSIONS, expand_activations
 from passes.graph import aten
 
 FORWARD: dict[str, Callable[[Tensor], Tensor]] = {
@@ -112,7 +112,7 @@ def test_kept_whole_reach_the_passes_and_none_is_left_for_the_code_generator() -
     model = nn.Sequential(*[m for layer in layers for m in (nn.Linear(6, 6), layer)])
     x = torch.randn(4, 6, requires_grad=True)
     result = run(model, x, passes=[])
-    names = {str(target).removesuffix(".default") for target in EXPANSIONS}
+    names = {str(target).removesuffix(".default") for target in ACTIVATION_EXPANSIONS}
     if torch.__version__ < "2.9":
         names.remove("aten.silu_backward")  # never traced whole
     assert names <= set(result.operators("joint"))

@@ -223,7 +223,7 @@ def test_windows_of_minus_infinity_get_their_gradient_inside(
         (expected,) = torch.autograd.grad(nn.MaxPool2d(**geometry)(x), x, gradient)
         assert torch.equal(got, expected)
     else:
-        assert got.isfinite().all()
+        torch.testing.assert_close(got.sum(), gradient.sum())  # none of it was written elsewhere
         assert "aten.maximum" in operators(module.graph)
 
 

@@ -220,6 +220,8 @@ def source_of(batches: Iterable[Any]) -> Source:
 
 def length_of(batches: Any) -> int | None:
     """Number of batches in an epoch; None if unknown."""
+    # What has __len__ may still refuse: DataLoader raises the first where its IterableDataset has none,
+    # and samplers and streams without an end by custom the second.
     try:
         return len(batches)
     except (TypeError, NotImplementedError):

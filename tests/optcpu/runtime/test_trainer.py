@@ -223,6 +223,10 @@ def test_a_label_out_of_range_is_told() -> None:
 def test_a_size_that_is_none_is_told() -> None:
     with pytest.raises(TypeError, match=r"size_of must give the number of samples.* not None"):
         small_trainer(size_of=lambda batch: None).train()
+    with pytest.raises(TypeError, match=r"an integer, not 0\.5"):
+        small_trainer(size_of=lambda batch: 0.5).train()
+    counted = small_trainer(size_of=lambda batch: (batch[1] >= 0).sum(), epochs=1)
+    assert counted.train().samples == 22
     with pytest.raises(ValueError, match="a micro-batch counts 0 samples"):
         small_trainer(size_of=lambda batch: 0).train()
 
