@@ -58,15 +58,15 @@ def as_batches(batch: Any) -> list[Batch]:
 
 
 def _as_batch(batch: Any) -> Batch:
-    if isinstance(batch, Mapping):
+    if not isinstance(batch, (Tensor, tuple)):
+        if not isinstance(batch, Mapping):
+            raise TypeError(f"a batch of type {type(batch).__name__} cannot be used. {_CONVENTION}")
         batch = dict(batch)
-    if not isinstance(batch, (Tensor, tuple, dict)):
-        raise TypeError(f"a batch of type {type(batch).__name__} cannot be used. {_CONVENTION}")
     tensors = tensors_in(batch)
     if not tensors:
         raise ValueError(f"a batch without any tensor cannot be trained on. {_CONVENTION}")
     for tensor in tensors:
-        if tensor.device.type != "cpu":
+        if not tensor.is_cpu:
             raise ValueError(
                 f"a tensor of shape {tuple(tensor.shape)} in the batch is on {tensor.device}; "
                 "optcpu trains on the CPU: move it with .cpu()."
@@ -82,10 +82,10 @@ def tensors_in(value: Any) -> list[Tensor]:
     """Every tensor in nested tuples, lists, mappings and dataclasses, in order."""
     if isinstance(value, Tensor):
         return [value]
-    if isinstance(value, Mapping):
-        return [tensor for entry in value.values() for tensor in tensors_in(entry)]
     if isinstance(value, (tuple, list)):
         return [tensor for entry in value for tensor in tensors_in(entry)]
+    if isinstance(value, Mapping):
+        return [tensor for entry in value.values() for tensor in tensors_in(entry)]
     if dataclasses.is_dataclass(value) and not isinstance(value, type):
         fields = [getattr(value, field.name) for field in dataclasses.fields(value)]
         return tensors_in(fields)
@@ -151,21 +151,22 @@ def default_loss(output: Any, batch: Batch) -> Tensor:
             f"the default loss needs one tensor or an output with .logits or .loss, not "
             f"{type(output).__name__}. Pass loss=lambda output, batch: ..."
         )
-    shapes = f"output {_describe(logits)} and target {_describe(target)}"
     if target.is_floating_point():
         if logits.shape != target.shape:
-            raise ValueError(
-                f"mean squared error needs equal shapes, not {shapes}. Reshape the target, or pass "
-                "loss=lambda output, batch: ..."
-            )
+            raise _misfit("mean squared error", logits, target)
         return F.mse_loss(logits.float(), target.float())
     axis = class_axis(logits, target)
     if axis == -1:
         return _cross_entropy(logits.flatten(0, -2), target.flatten())
     if axis == 1:
         return _cross_entropy(logits, target)
-    raise ValueError(
-        f"cross entropy does not fit {shapes}. Reshape them, or pass loss=lambda output, batch: ..."
+    raise _misfit("cross entropy", logits, target)
+
+
+def _misfit(loss: str, output: Tensor, target: Tensor) -> ValueError:
+    return ValueError(
+        f"{loss} does not fit output {_describe(output)} and target {_describe(target)}. Reshape them, "
+        "or pass loss=lambda output, batch: ..."
     )
 
 

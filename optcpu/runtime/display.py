@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import sys
 import time
+from collections.abc import Callable
 from types import TracebackType
 from typing import Any
 
@@ -80,7 +81,11 @@ class Display:
             handler.setStream(sys.stderr)
 
     def step(
-        self, step: int, epoch: int, loss: float, rate: float | None, left: float | None
+        self,
+        step: int,
+        epoch: int,
+        loss: float,
+        estimate: Callable[[], tuple[float | None, float | None]],
     ) -> None:
         """A step is made.
 
@@ -88,14 +93,14 @@ class Display:
             step: optimizer steps made.
             epoch: epochs ended.
             loss: of the step.
-            rate: samples a second.
-            left: seconds until the end.
+            estimate: gives samples a second, and seconds until the end; called where they are shown.
         """
         self._done = step
         now = time.monotonic()
         if now < self._next or not self._lines:
             return
         self._next = now + (_REDRAW_INTERVAL_S if self._bar is not None else _LINE_INTERVAL_S)
+        rate, left = estimate()
         speed = "" if rate is None else f"  {rate:,.0f} samples/s"
         text = f"epoch {epoch + 1}  loss {loss:.4f}{speed}  {duration(left)} left"
         if self._bar is not None:

@@ -185,9 +185,7 @@ class Loop:
         row = {"loss": loss, "lr": float(run.optimizer.param_groups[0]["lr"])}
         if norm is not None:
             row["grad_norm"] = norm
-        seconds = run.clock.typical("step")
-        rate = None if seconds is None else samples / seconds
-        self._display.step(position.step, position.epoch, loss, rate, self._seconds_left())
+        self._display.step(position.step, position.epoch, loss, lambda: self._estimate(samples))
         position.losses.append(loss)
         self._interval_samples += samples
         if self._log is not None and position.step % self._log_interval == 0:
@@ -385,6 +383,11 @@ class Loop:
     def _compilations(self) -> int:
         call = compiled_call(self._run.model)
         return 0 if call is None else call.record.regions
+
+    def _estimate(self, samples: int) -> tuple[float | None, float | None]:
+        """Samples a second in steps of ``samples``, and the seconds until the end of the run."""
+        seconds = self._run.clock.typical("step")
+        return None if seconds is None else samples / seconds, self._seconds_left()
 
     def _seconds_left(self) -> float | None:
         if self._total_steps is None:

@@ -6,7 +6,7 @@ import math
 import operator
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -204,47 +204,63 @@ class BufferKeeper:
     def __init__(self, *owners: Any) -> None:
         modules = (m for o in owners if isinstance(o, nn.Module) for m in o.modules())
         self._modules = [module for module in modules if module._buffers]
-        self._kept: dict[tuple[int, str], _KeptBuffer] = {}
+        self._kept: list[_KeptBuffer] = []
+        self._shapes: list[torch.Size] = []
 
     def keep(self) -> None:
         """Take note of what the buffers are; those that cannot have changed since then cost nothing."""
-        for place, module in enumerate(self._modules):
-            # Its kernels write running statistics without counting that as a change.
-            uncounted = isinstance(module, nn.modules.batchnorm._NormBase)
-            for name, buffer in module._buffers.items():
-                if buffer is None:
-                    continue
-                kept = self._kept.get((place, name))
-                if (
-                    kept is None
-                    or uncounted
-                    or kept.buffer is not buffer
-                    or kept.version != buffer._version
-                ):
-                    copy = buffer.detach().clone()
-                    self._kept[place, name] = _KeptBuffer(buffer, buffer._version, copy)
+        buffers = [b for m in self._modules for b in m._buffers.values() if b is not None]
+        same = len(buffers) == len(self._kept) and all(
+            kept.buffer is buffer for kept, buffer in zip(self._kept, buffers, strict=True)
+        )
+        if not same or [buffer.shape for buffer in buffers] != self._shapes:
+            self._keep_anew()
+            return
+        changed = [one for one in self._kept if one.uncounted or one.version != one.buffer._version]
+        if changed:
+            with torch.no_grad():  # together: a call for each takes longer than the copying
+                torch._foreach_copy_([one.copy for one in changed], [one.buffer for one in changed])
+            for one in changed:
+                one.version = one.buffer._version
+
+    def _keep_anew(self) -> None:
+        self._kept = [
+            _KeptBuffer(module, name, buffer, buffer._version, buffer.detach().clone())
+            for module in self._modules
+            for name, buffer in module._buffers.items()
+            if buffer is not None
+        ]
+        self._shapes = [one.buffer.shape for one in self._kept]
 
     @torch.no_grad()
     def put_back(self) -> None:
         """Make the buffers what they were when they were kept, also those that were replaced."""
-        for (place, name), kept in self._kept.items():
-            self._modules[place]._buffers[name] = kept.buffer
-            kept.buffer.copy_(kept.copy)
+        for one in self._kept:
+            one.module._buffers[one.name] = one.buffer
+            one.buffer.copy_(one.copy)
 
     def state_dict(self) -> list[Tensor]:
-        """What the buffers were when they were kept."""
-        return [kept.copy for kept in self._kept.values()]
+        """What the buffers were when they were kept; valid until :meth:`keep` is called again."""
+        return [one.copy for one in self._kept]
 
     def load_state_dict(self, state: list[Tensor]) -> None:
         """Keep that in place of what was kept of the same buffers."""
-        for place, copy in zip(self._kept, state, strict=True):
-            self._kept[place] = self._kept[place]._replace(copy=copy.clone())
+        for one, copy in zip(self._kept, state, strict=True):
+            one.copy = copy.clone()
 
 
-class _KeptBuffer(NamedTuple):
+@dataclass(slots=True)
+class _KeptBuffer:
+    module: nn.Module
+    name: str
     buffer: Tensor
     version: int
     copy: Tensor
+    uncounted: bool = field(init=False)
+
+    def __post_init__(self) -> None:
+        # The kernels of batch norms write running statistics without counting that as a change.
+        self.uncounted = isinstance(self.module, nn.modules.batchnorm._NormBase)
 
 
 def trained_parameters(model: nn.Module, loss: Loss) -> dict[str, nn.Parameter]:

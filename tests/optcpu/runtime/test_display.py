@@ -14,6 +14,10 @@ class _Terminal(io.StringIO):
         return True
 
 
+def _not_asked() -> tuple[None, None]:
+    raise AssertionError("an estimate takes time, and nothing is shown now")
+
+
 def test_durations() -> None:
     assert [duration(s) for s in (None, 0.4, 59.6, 61, 3723)] == [
         "?",
@@ -30,8 +34,8 @@ def test_a_bar_on_a_terminal(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("TERM", "xterm")
     monkeypatch.setenv("COLUMNS", "120")
     with Display(None, total=40, done=10) as display:
-        display.step(11, 0, 1.25, 321.0, 95.0)
-        display.step(12, 0, 9.75, 321.0, 95.0)  # too soon to be drawn
+        display.step(11, 0, 1.25, lambda: (321.0, 95.0))
+        display.step(12, 0, 9.75, _not_asked)  # too soon to be drawn
         assert "11/40" in terminal.getvalue()
         display.phase("validation")
         display.message("validation loss 0.5")
@@ -65,8 +69,8 @@ def test_logging_to_the_terminal_comes_above_the_bar(monkeypatch: pytest.MonkeyP
 
 def test_lines_elsewhere(capfd: pytest.CaptureFixture[str]) -> None:
     with Display(None, total=None, done=0) as display:
-        display.step(1, 0, 1.0, None, None)
-        display.step(2, 0, 1.0, None, None)
+        display.step(1, 0, 1.0, lambda: (None, None))
+        display.step(2, 0, 1.0, lambda: (None, None))
         display.message("a message")
     assert capfd.readouterr().err.splitlines() == [
         "step 1  epoch 1  loss 1.0000  ? left",
@@ -92,7 +96,7 @@ def test_lines_go_through_logging_where_somebody_listens(capfd: pytest.CaptureFi
 
 def test_nothing_where_nothing_is_wanted(capfd: pytest.CaptureFixture[str]) -> None:
     with Display(False, total=3, done=0) as display:
-        display.step(1, 0, 1.0, None, None)
+        display.step(1, 0, 1.0, lambda: (None, None))
         display.phase("validation")
         display.message("a message")
     assert capfd.readouterr().err == ""

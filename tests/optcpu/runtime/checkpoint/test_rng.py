@@ -71,6 +71,27 @@ def test_each_state_of_numpy_is_the_one_at_that_time(between: int) -> None:
         assert rng_state()["numpy"]["has_gauss"] == expected[1]
 
 
+@pytest.mark.parametrize("between", [0, 1, 2, 3])
+def test_each_state_of_python_is_the_one_at_that_time(between: int) -> None:
+    """With and without draws between two states, of which every other leaves a number in store."""
+    random.seed(0)
+    states, then = [], []
+    for _ in range(4):
+        states.append(rng_state()["python"])
+        then.append(random.getstate())
+        for _ in range(between):
+            random.gauss(0, 1)
+    assert states == then
+
+
+def test_a_number_in_store_of_python_is_seen_beside_the_same_words() -> None:
+    random.seed(0)
+    version, words, _ = rng_state()["python"]
+    random.setstate((version, words, 0.5))
+    assert rng_state()["python"][2] == 0.5
+    random.seed(0)
+
+
 def test_another_generator_of_numpy() -> None:
     before = np.random.get_bit_generator()
     np.random.set_bit_generator(np.random.PCG64(1))
