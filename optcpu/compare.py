@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import statistics
 from collections.abc import Sequence
 from typing import Any
 
@@ -19,6 +20,7 @@ from optcpu.measure.batches import (
     signature,
     units_in,
 )
+from optcpu.measure.breakdown import Kind, breakdown, kind_of_operator
 from optcpu.measure.judge import rows_of
 from optcpu.measure.machine import describe_machine
 from optcpu.measure.options import check_options
@@ -44,7 +46,8 @@ from optcpu.random_state import random_state_kept
 __all__ = ["Comparison", "Row", "compare"]
 
 _SEED = 0
-_PHASES_BESIDE_WORKERS_AND_ROUNDS = 4  # the checks before, the warm-up, the limits twice
+_PHASES_BESIDE_WORKERS_AND_ROUNDS = 5  # the checks before, the warm-up, the limits twice, a profile
+_PROFILED_S = 0.5
 _RELIABLE_ROUNDS, _RELIABLE_ROUND_S = 5, 0.8
 _STEADY = 1.5  # how much longer the slowest round of a variant may take than its fastest
 
@@ -171,6 +174,10 @@ def compare(
         limits = measure_limits(settings.threads)
         left_out = _prepare(team, reporter, asked, cpu.bf16, rounds)
         team.take_turns(rounds, round_seconds, payload.batches, accumulation_steps)
+        own = _fastest_of_optcpu(team)
+        costs = None
+        if own is not None:
+            costs = team.profile(own, _PROFILED_S, payload.batches, accumulation_steps)
         reporter.phase("measuring this machine again")
         limits = limits.merged(measure_limits(settings.threads))
         measured = list(team.measured.values())
@@ -182,6 +189,10 @@ def compare(
     chosen = resolve_precision(precision)
     dtype = chosen if chosen in limits.gemm else "fp32"
     ideal = ideal_step(trial.work, limits, dtype, batches=units_per_step / units[0])
+    flops: dict[Kind, float] = {}
+    for operator, count in trial.work.flops_by_operator.items():
+        kind = kind_of_operator(operator)
+        flops[kind] = flops.get(kind, 0.0) + count * units_per_step / units[0]
     rows, best = rows_of(
         measured,
         passes=len(batches) // math.gcd(len(batches), accumulation_steps),
@@ -205,7 +216,17 @@ def compare(
             *_notes_on_timing(batches, rounds, round_seconds, scarce),
             *_notes_on_noise(rows),
         ],
+        breakdown=None if own is None or costs is None else breakdown(own, costs, ideal, flops),
     )
+
+
+def _fastest_of_optcpu(team: Team) -> str | None:
+    times = {
+        name: statistics.median(measured.rounds_s)
+        for name, measured in team.measured.items()
+        if measured.variant.kind == "optcpu" and measured.failed is None
+    }
+    return min(times, key=lambda name: times[name], default=None)
 
 
 def _check_targets(job: Payload) -> None:

@@ -14,10 +14,21 @@ from torch import Tensor, nn
 from optcpu import data
 from optcpu.factories import call_factory, describe, find_factory, nearest
 from optcpu.measure.batches import Batch, Loss, as_batches, units_in
-from optcpu.models import digits_cnn, gpt2_small, mlp
+from optcpu.models import (
+    Encoder,
+    LstmLanguageModel,
+    digits_cnn,
+    gpt2_small,
+    mlp,
+    resnet18,
+    small_cnn,
+    vit_tiny,
+)
 
 _BATCH_COUNT = 16  # few enough that the default 50 steps are several passes, and learning shows
 _GPT2_LENGTH = 64
+_ENCODER_LENGTH = 512
+_LSTM_LENGTH = 64
 
 
 @dataclass(frozen=True)
@@ -118,24 +129,85 @@ def _gpt2_small(batch_size: int | None, seed: int) -> Workload:
     )
 
 
-def _digits_cnn(batch_size: int | None, seed: int) -> Workload:
-    batch_size = batch_size or 256
-    images, labels = data.digits().train
+def _encoder(batch_size: int | None, seed: int) -> Workload:
+    batch_size = batch_size or 1
+    pieces, files = data.source_windows(width=_ENCODER_LENGTH, classes=1000)
+    batches = data.batches(pieces, files, batch_size, count=_BATCH_COUNT, seed=seed)
+    classes = int(files.max()) + 1
     return Workload(
-        name="digits-cnn",
-        model=digits_cnn(),
-        batches=data.batches(images, labels, batch_size, count=_BATCH_COUNT, seed=seed),
+        name="encoder",
+        model=Encoder(classes, length=_ENCODER_LENGTH),
+        batches=[(piece.long(), file) for piece, file in batches],
         loss=classification_loss,
-        unit="samples",
-        units_per_batch=batch_size,
-        description="small CNN on scikit-learn's 8x8 handwritten digits",
+        unit="tokens",
+        units_per_batch=batch_size * _ENCODER_LENGTH,
+        description=(
+            f"86M-parameter transformer encoder that tells from {_ENCODER_LENGTH} bytes of source which "
+            f"of {classes} files of the Python standard library they are from"
+        ),
     )
+
+
+def _lstm(batch_size: int | None, seed: int) -> Workload:
+    batch_size = batch_size or 32
+    corpus = data.code_corpus("bytes")
+    return Workload(
+        name="lstm",
+        model=LstmLanguageModel(corpus.vocab_size),
+        batches=data.token_batches(
+            corpus.tokens, batch_size, _LSTM_LENGTH, count=_BATCH_COUNT, seed=seed
+        ),
+        loss=next_token_loss,
+        unit="tokens",
+        units_per_batch=batch_size * _LSTM_LENGTH,
+        description=(
+            f"two LSTM layers of 512 on {_LSTM_LENGTH}-byte pieces of the Python standard library"
+        ),
+    )
+
+
+@dataclass(frozen=True)
+class _OnDigits:
+    """Makes workloads of image classifiers, on scikit-learn's digits."""
+
+    name: str
+    model: Callable[[], nn.Module]
+    batch_size: int
+    side: int
+    channels: int
+    description: str
+
+    def __call__(self, batch_size: int | None, seed: int) -> Workload:
+        batch_size = batch_size or self.batch_size
+        images, labels = data.digits(self.side).train
+        batches = data.batches(images, labels, batch_size, count=_BATCH_COUNT, seed=seed)
+        return Workload(
+            name=self.name,
+            model=self.model(),
+            batches=[(images.repeat(1, self.channels, 1, 1), labels) for images, labels in batches],
+            loss=classification_loss,
+            unit="samples",
+            units_per_batch=batch_size,
+            description=f"{self.description} on scikit-learn's handwritten digits, "
+            f"{self.side}x{self.side} pixels",
+        )
+
+
+_DIGITS_CNN = _OnDigits("digits-cnn", digits_cnn, 256, 8, 1, "small CNN with batch normalisation")
+_SMALL_CNN = _OnDigits("small-cnn", small_cnn, 256, 28, 1, "the CNN of PyTorch's MNIST example")
+_RESNET18 = _OnDigits("resnet18", resnet18, 32, 64, 3, "ResNet-18")
+_VIT_TINY = _OnDigits("vit-tiny", vit_tiny, 8, 224, 3, "vision transformer ViT-tiny/16")
 
 
 BUILT_IN: dict[str, Callable[[int | None, int], Workload]] = {
     "mlp": _mlp,
     "gpt2-small": _gpt2_small,
-    "digits-cnn": _digits_cnn,
+    "encoder": _encoder,
+    "digits-cnn": _DIGITS_CNN,
+    "small-cnn": _SMALL_CNN,
+    "resnet18": _RESNET18,
+    "vit-tiny": _VIT_TINY,
+    "lstm": _lstm,
 }
 
 

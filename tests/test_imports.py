@@ -23,6 +23,7 @@ LAYERS: tuple[tuple[str, ...], ...] = (
     ("optcpu.optimize",),
     ("optcpu.measure", "optcpu.inspection"),
     ("optcpu.compare", "optcpu.inspect", "optcpu.workloads", "optcpu.doctor", "optcpu.runtime"),
+    ("optcpu.bench",),
     ("optcpu.commands",),
     ("optcpu.cli",),
     ("optcpu.__main__", "optcpu"),

@@ -18,8 +18,8 @@ if TYPE_CHECKING:
     Commands: TypeAlias = "argparse._SubParsersAction[argparse.ArgumentParser]"
 
 _MODEL_HELP = (
-    "mlp (default), gpt2-small, digits-cnn, or your own as package.module:factory "
-    "(see optcpu.workloads.workload)"
+    "mlp (default), gpt2-small, encoder, digits-cnn, small-cnn, resnet18, vit-tiny, lstm, or your own as "
+    "package.module:factory (see optcpu.workloads.workload)"
 )
 
 
@@ -50,6 +50,68 @@ def add_precision(parser: argparse.ArgumentParser) -> None:
         default="auto",
         help="of products in optcpu; auto: BF16 where the processor has it (default: %(default)s)",
     )
+
+
+def add_timing_options(parser: argparse.ArgumentParser) -> None:
+    """Options that say which variants are measured, how, and where to the figures go."""
+    parser.add_argument(
+        "--variants",
+        type=names,
+        metavar="A,B",
+        help="measure only these, e.g. eager-fp32,optcpu (default: all that can run here)",
+    )
+    parser.add_argument(
+        "--rounds",
+        type=positive(int),
+        default=5,
+        metavar="N",
+        help="rounds in which every variant has its turn (default: %(default)s)",
+    )
+    parser.add_argument(
+        "--round-seconds",
+        type=positive(float),
+        default=1.0,
+        metavar="S",
+        help="length of one turn in seconds (default: %(default)s)",
+    )
+    parser.add_argument(
+        "--threads",
+        type=positive(int),
+        metavar="N",
+        help="threads of each variant (default: torch's own choice)",
+    )
+    parser.add_argument(
+        "--output",
+        metavar="DIR_OR_PREFIX",
+        help="folder, or beginning of the names, of the result files (default: here)",
+    )
+    parser.add_argument(
+        "--no-progress", action="store_false", dest="progress", help="do not show progress"
+    )
+
+
+def names(text: str) -> list[str]:
+    """Names with commas between them."""
+    found = [name.strip() for name in text.split(",") if name.strip()]
+    if not found:
+        raise argparse.ArgumentTypeError("expected names with commas between them")
+    return found
+
+
+def output_prefix(output: str | None, default: str, suffixes: tuple[str, ...]) -> Path:
+    """What the names of all result files begin with; they differ in their suffix.
+
+    Args:
+        output: what the user gave: a folder, or a prefix, which may end in one of ``suffixes``.
+        default: the prefix without that, and in a folder.
+        suffixes: of the result files.
+    """
+    if output is None:
+        return Path(default)
+    path = Path(output)
+    if output.endswith(("/", os.sep)) or path.is_dir():
+        return path / default
+    return path.with_suffix("") if path.suffix in suffixes else path
 
 
 def add_traceback(parser: argparse.ArgumentParser) -> None:

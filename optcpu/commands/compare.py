@@ -4,15 +4,16 @@ from __future__ import annotations
 
 import argparse
 import importlib.util
-import os
 import re
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from optcpu.commands.arguments import (
     add_precision,
+    add_timing_options,
     add_workload_options,
     check_writable,
+    output_prefix,
     positive,
     workload_from,
 )
@@ -43,56 +44,15 @@ def add(commands: Commands) -> None:
         help="training steps after which the losses are compared (default: %(default)s)",
     )
     parser.add_argument(
-        "--variants",
-        type=_names,
-        metavar="A,B",
-        help="measure only these, e.g. eager-fp32,optcpu (default: all that can run here)",
-    )
-    parser.add_argument(
-        "--rounds",
-        type=positive(int),
-        default=5,
-        metavar="N",
-        help="rounds in which every variant has its turn (default: %(default)s)",
-    )
-    parser.add_argument(
-        "--round-seconds",
-        type=positive(float),
-        default=1.0,
-        metavar="S",
-        help="length of one turn in seconds (default: %(default)s)",
-    )
-    parser.add_argument(
         "--accumulation",
         type=positive(int),
         default=1,
         metavar="N",
         help="batches per optimizer step (default: %(default)s)",
     )
+    add_timing_options(parser)
     add_precision(parser)
-    parser.add_argument(
-        "--threads",
-        type=positive(int),
-        metavar="N",
-        help="threads of each variant (default: torch's own choice)",
-    )
-    parser.add_argument(
-        "--output",
-        metavar="DIR_OR_PREFIX",
-        help="folder, or beginning of the names, of the result files (default: "
-        "optcpu-compare-MODEL here)",
-    )
-    parser.add_argument(
-        "--no-progress", action="store_false", dest="progress", help="do not show progress"
-    )
     parser.set_defaults(run=_compare)
-
-
-def _names(text: str) -> list[str]:
-    names = [name.strip() for name in text.split(",") if name.strip()]
-    if not names:
-        raise argparse.ArgumentTypeError("expected names with commas between them")
-    return names
 
 
 def _compare(arguments: argparse.Namespace) -> int:
@@ -102,7 +62,9 @@ def _compare(arguments: argparse.Namespace) -> int:
 
     console = Console(highlight=False)
     job = workload_from(arguments)
-    prefix = _output_prefix(arguments.output, f"optcpu-compare-{_file_name(job.name)}")
+    prefix = output_prefix(
+        arguments.output, f"optcpu-compare-{_file_name(job.name)}", _DATA_SUFFIXES
+    )
     check_writable(prefix)
     console.print(f"[bold]{job.name}[/]: {job.description}")
     comparison = compare(
@@ -135,16 +97,6 @@ def _save(comparison: Comparison, prefix: Path, console: Console) -> None:
         return
     comparison.plot(Path(f"{prefix}.png"))
     console.print(f"chart: {prefix}.png")
-
-
-def _output_prefix(output: str | None, default: str) -> Path:
-    """What the names of all result files begin with; they differ in their suffix."""
-    if output is None:
-        return Path(default)
-    path = Path(output)
-    if output.endswith(("/", os.sep)) or path.is_dir():
-        return path / default
-    return path.with_suffix("") if path.suffix in _DATA_SUFFIXES else path
 
 
 def _file_name(name: str) -> str:

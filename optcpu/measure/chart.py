@@ -4,22 +4,27 @@ from __future__ import annotations
 
 import io
 import math
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from optcpu import files
 from optcpu.errors import OptcpuError
-from optcpu.measure.report import figure
+from optcpu.measure.numbers import figure
 from optcpu.measure.variants import REFERENCE
 
 if TYPE_CHECKING:
     from optcpu.measure.result import Comparison, Row
 
-_COLOURS = {"stock": "#a9b4c0", "peer": "#d9b44a", "optcpu": "#1b7fbd"}
-_BEST_STOCK = "#5b6b7b"
+COLOURS = {
+    "stock": "#a9b4c0",
+    "best stock": "#5b6b7b",
+    "peer": "#d9b44a",
+    "optcpu": "#1b7fbd",
+}
 _BAD = "#c0392b"
-_TEXT = "#25313c"
-_DIM = "#66727e"
+TEXT = "#25313c"
+TEXT_DIM = "#66727e"
 _LOG_TICKS = 5
 
 
@@ -38,8 +43,8 @@ def plot(comparison: Comparison, path: str | Path) -> Path:
         1, 3, sharey=True, gridspec_kw={"width_ratios": [2.2, 1.2, 1.2]}
     )
     # parse_math: a dollar sign in a name is no formula.
-    chart.suptitle(comparison.name, fontsize=13, fontweight="bold", color=_TEXT, parse_math=False)
-    chart.supxlabel(str(comparison.machine), fontsize=9, color=_DIM)
+    chart.suptitle(comparison.name, fontsize=13, fontweight="bold", color=TEXT, parse_math=False)
+    chart.supxlabel(str(comparison.machine), fontsize=9, color=TEXT_DIM)
     _draw_times(times, comparison)
     _draw_memory(memory, comparison)
     _draw_errors(errors, comparison)
@@ -56,7 +61,7 @@ def _draw_times(axes: Any, comparison: Comparison) -> None:
             _say(axes, index, "failed", _BAD)
             continue
         axes.barh(index, row.step_ms, color=_colour(row, comparison), height=0.68)
-        axes.plot(row.step_ms_spread, [index, index], color=_TEXT, linewidth=1.4)
+        axes.plot(row.step_ms_spread, [index, index], color=TEXT, linewidth=1.4)
         told = f"{row.speedup_vs_eager:.2f}x eager" if row.learned else "did not learn"
         _label(axes, max(row.step_ms_spread), index, f"{figure(row.step_ms)}   {told}", row)
     axes.set_xlim(0, 1.4 * max(axes.get_xlim()[1], 1e-9))
@@ -82,14 +87,14 @@ def _draw_errors(axes: Any, comparison: Comparison) -> None:
     shown: list[float] = []
     for index, row in enumerate(comparison.rows):
         if row.variant == REFERENCE:
-            _say(axes, index, "reference", _DIM)
+            _say(axes, index, "reference", TEXT_DIM)
         elif row.gradient_error is not None and 0 < row.gradient_error < math.inf:
             # A point: on a logarithmic scale the length of a bar means nothing.
             axes.plot(row.gradient_error, index, "o", color=_colour(row, comparison), markersize=8)
             _label(axes, row.gradient_error, index, f"  {row.gradient_error:.1e}", row)
             shown.append(row.gradient_error)
         elif row.gradient_error is not None:
-            _say(axes, index, f"{row.gradient_error:g}", _TEXT)
+            _say(axes, index, f"{row.gradient_error:g}", TEXT)
     axes.set_xscale("log")
     if shown:
         low, high = math.floor(math.log10(min(shown))), math.ceil(math.log10(max(shown)))
@@ -102,7 +107,7 @@ def _draw_errors(axes: Any, comparison: Comparison) -> None:
 def _colour(row: Row, comparison: Comparison) -> str:
     if not row.learned:
         return _BAD
-    return _BEST_STOCK if row.variant == comparison.best_stock else _COLOURS[row.kind]
+    return COLOURS["best stock" if row.variant == comparison.best_stock else row.kind]
 
 
 def _label(axes: Any, x: float, index: int, text: str, row: Row) -> None:
@@ -113,7 +118,7 @@ def _label(axes: Any, x: float, index: int, text: str, row: Row) -> None:
         textcoords="offset points",
         va="center",
         fontsize=9,
-        color=_TEXT,
+        color=TEXT,
         fontweight="bold" if row.kind == "optcpu" else "normal",
     )
 
@@ -136,11 +141,16 @@ def _set_up(axes: Any, comparison: Comparison, title: str) -> None:
         f"{row.variant} (best stock)" if row.variant == comparison.best_stock else row.variant
         for row in comparison.rows
     ]
+    set_up_axes(axes, names, title)
+
+
+def set_up_axes(axes: Any, names: Sequence[str], title: str) -> None:
+    """Axes for horizontal bars, one for each of ``names``, from the top."""
     axes.set_yticks(range(len(names)), names)
     axes.set_ylim(len(names) - 0.4, -0.6)
-    axes.set_title(title, fontsize=9.5, color=_TEXT, loc="left")
-    axes.tick_params(length=0, labelsize=9, labelcolor=_TEXT)
-    axes.tick_params(axis="x", labelcolor=_DIM)
+    axes.set_title(title, fontsize=9.5, color=TEXT, loc="left")
+    axes.tick_params(length=0, labelsize=9, labelcolor=TEXT)
+    axes.tick_params(axis="x", labelcolor=TEXT_DIM)
     axes.grid(axis="x", color="#e3e8ec", linewidth=0.8)
     axes.set_axisbelow(True)
     for side in ("top", "right", "bottom", "left"):

@@ -1,4 +1,4 @@
-"""A comparison as JSON and as CSV."""
+"""A comparison as JSON and as CSV, a suite as JSON."""
 
 from __future__ import annotations
 
@@ -14,15 +14,16 @@ from optcpu import files
 
 if TYPE_CHECKING:
     from optcpu.measure.result import Comparison
+    from optcpu.measure.suite import Suite
 
 
-def to_json(comparison: Comparison, path: str | Path | None) -> str:
-    """The comparison as JSON; NaN and infinities, which JSON does not have, become null.
+def to_json(result: Comparison | Suite, path: str | Path | None) -> str:
+    """The result as JSON; NaN and infinities, which JSON does not have, become null.
 
     ``path`` as in :meth:`Comparison.to_json`.
     """
     target = None if path is None else files.path_for(path, "to_json", "JSON", ".json")
-    text = json.dumps(_finite(comparison.to_dict()), indent=2, allow_nan=False) + "\n"
+    text = json.dumps(_finite(result.to_dict()), indent=2, allow_nan=False) + "\n"
     if target is not None:
         files.write(target, text.encode(), "to_json")
     return text

@@ -222,7 +222,13 @@ def try_out(payload: Payload, seed: int) -> Trial:
         optimizer = _check_optimizer(payload)
     trained = [p for p in payload.model.parameters() if p.requires_grad]
     work = Work(
-        counted.get_total_flops(), sum(p.numel() for p in trained), state_values(optimizer, trained)
+        counted.get_total_flops(),
+        sum(p.numel() for p in trained),
+        state_values(optimizer, trained),
+        {
+            str(op).split(".")[-1]: flops
+            for op, flops in counted.get_flop_counts()["Global"].items()
+        },
     )
     return Trial(is_random, still_random, work)
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
@@ -12,6 +11,8 @@ from rich.table import Table
 from rich.text import Text
 
 from optcpu import tables
+from optcpu.measure.breakdown_table import breakdown_table
+from optcpu.measure.numbers import figure
 from optcpu.measure.variants import REFERENCE
 from optcpu.tables import FirstThatFits, sentence
 
@@ -54,6 +55,8 @@ def render(comparison: Comparison) -> RenderableType:
         ),
         "",
     ]
+    if comparison.breakdown is not None:
+        parts += [breakdown_table(comparison.breakdown), ""]
     for row in comparison.rows:
         if row.failed is not None:
             parts.append(sentence(f"{row.variant} failed: {_one_line(row.failed)}", "red"))
@@ -178,19 +181,6 @@ def _style(row: Row) -> str:
     if not row.learned:
         return "red"
     return "green" if row.kind == "optcpu" else ""
-
-
-def figure(value: float | None) -> str:
-    """Three significant digits, without an exponent where that stays short."""
-    if value is None:
-        return _NONE
-    if not math.isfinite(value):
-        return str(value)
-    magnitude = abs(value)
-    if magnitude >= 1e6 or 0 < magnitude < 1e-3:
-        return f"{value:.1e}"
-    digits = 0 if magnitude >= 100 else 1 if magnitude >= 10 else 2 if magnitude >= 1 else 3
-    return f"{value:.{digits}f}"
 
 
 def _thousands(value: float | None) -> str:

@@ -10,6 +10,7 @@ from typing import Any
 from rich.console import RenderableType
 
 from optcpu.measure import chart, export, report
+from optcpu.measure.breakdown import Breakdown
 from optcpu.measure.machine import Machine
 from optcpu.measure.roofline import Limits
 from optcpu.measure.variants import REFERENCE
@@ -96,6 +97,7 @@ class Comparison:
         ideal: the least time that a step can take on this machine.
         limits: what this machine can do at best, on which that is based.
         notes: what a reader must know about the whole comparison.
+        breakdown: where a step of the fastest variant of optcpu spends its time; None if there is none.
     """
 
     name: str
@@ -109,6 +111,7 @@ class Comparison:
     ideal: Ideal
     limits: Limits
     notes: list[str]
+    breakdown: Breakdown | None = None
 
     def __getitem__(self, variant: str) -> Row:
         """The row of a variant.

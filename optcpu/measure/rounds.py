@@ -164,6 +164,23 @@ class Team:
                 if answer is not None:
                     self.measured[name].rounds_s.append(answer["seconds"] / steps[name])
 
+    def profile(
+        self, name: str, seconds: float, batches: Sequence[Batch], accumulation_steps: int
+    ) -> list[dict[str, Any]] | None:
+        """What a step of a worker consists of, from about ``seconds`` of them.
+
+        Returns:
+            As :func:`optcpu.measure.breakdown.costs_of` tells it; None if the worker fails, whose figures
+            stay what they are.
+        """
+        self._reporter.phase("where the time goes")
+        self._reporter.detail(name)
+        wanted = max(1, math.ceil(seconds / statistics.median(self.measured[name].rounds_s)))
+        steps = whole_passes(wanted, batches, accumulation_steps)
+        command = {"do": "profile", "steps": steps, "hand_back": False}
+        answer = self._workers[name].ask(command, None)
+        return None if answer is None else list(answer["costs"])
+
     def _live(self) -> list[str]:
         return [name for name, worker in self._workers.items() if worker.failed is None]
 

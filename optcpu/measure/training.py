@@ -22,6 +22,7 @@ from optcpu.measure.accuracy import (
     dropout_off,
 )
 from optcpu.measure.batches import call_model, signature, to_fp32
+from optcpu.measure.breakdown import costs_of
 from optcpu.measure.payload import Payload
 from optcpu.measure.variants import REFERENCE, Prepared, Variant, prepare
 
@@ -172,6 +173,19 @@ class Training:
         # Hold as little as possible while the others have their turns.
         self._prepared.optimizer.zero_grad(set_to_none=True)
         return seconds
+
+    def profile(self, steps: int) -> list[dict[str, Any]]:
+        """What ``steps`` steps consist of, as :func:`optcpu.measure.breakdown.costs_of` tells it."""
+
+        def run() -> None:
+            for index in range(steps):
+                self._step(index)
+
+        gc.collect()
+        self._step(0)
+        costs = costs_of(run, steps)
+        self._prepared.optimizer.zero_grad(set_to_none=True)
+        return costs
 
     def _batches_of(self, index: int) -> list[int]:
         """Which batches step ``index`` trains on."""

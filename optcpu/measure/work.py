@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -30,11 +30,13 @@ class Work:
         values_updated: trainable values.
         state_values: numbers that the optimizer remembers, of the size of a parameter: two a value for
             AdamW.
+        flops_by_operator: the same ``flops``, by the ATen operators' names.
     """
 
     flops: float
     values_updated: int
     state_values: int
+    flops_by_operator: Mapping[str, float] = field(default_factory=dict)
 
     def update_bytes(self, dtype: str) -> float:
         """That an update moves at least, if gradients, weights and state are ``"fp32"`` or ``"bf16"``.

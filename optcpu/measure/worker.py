@@ -4,8 +4,9 @@ It reads commands and writes replies as lines of JSON, over what were its stdin 
 started; what the model prints goes to stderr. Between two commands it is blocked on reading. It
 ends when its stdin does, so it cannot outlive the process that started it.
 
-Commands: ``{"do": "prepare"}`` and ``{"do": "turn", "steps": n, "reset_peak": bool}``, each with
-``"hand_back": bool``: whether to return freed memory to the system before sleeping again.
+Commands: ``{"do": "prepare"}``, ``{"do": "turn", "steps": n, "reset_peak": bool}`` and
+``{"do": "profile", "steps": n}``, each with ``"hand_back": bool``: whether to return
+freed memory to the system before sleeping again.
 Replies: ``{"progress": text}`` any number of times, then ``{"result": {...}}``, or
 ``{"failed": reason, "log": traceback}``, after which the worker ends.
 """
@@ -127,6 +128,9 @@ class Worker:
             "peak_is_of_training": peak_is_of_training,
         }
 
+    def profile(self, steps: int) -> dict[str, Any]:
+        return {"costs": self._training.profile(steps)}
+
 
 def serve(variant: str, folder: Path) -> int:
     channel = Channel()
@@ -135,6 +139,8 @@ def serve(variant: str, folder: Path) -> int:
         for command in channel.commands():
             if command["do"] == "prepare":
                 result = worker.prepare()
+            elif command["do"] == "profile":
+                result = worker.profile(command["steps"])
             else:
                 result = worker.turn(command["steps"], command["reset_peak"])
             if command["hand_back"]:

@@ -6,8 +6,9 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
+
+from optcpu.models.transformer import Block, initialise
 
 
 @dataclass(frozen=True)
@@ -59,11 +60,14 @@ class GPT2(nn.Module):
         self.token_embedding = nn.Embedding(config.vocab_size, config.width)
         self.position_embedding = nn.Embedding(config.context_length, config.width)
         self.dropout = nn.Dropout(config.dropout)
-        self.blocks = nn.ModuleList(Block(config) for _ in range(config.layers))
+        self.blocks = nn.ModuleList(
+            Block(config.width, config.heads, dropout=config.dropout, causal=True)
+            for _ in range(config.layers)
+        )
         self.norm = nn.LayerNorm(config.width)
         self.lm_head = nn.Linear(config.width, config.vocab_size, bias=False)
         self.lm_head.weight = self.token_embedding.weight
-        self.apply(_initialise)
+        self.apply(initialise)
         for block in self.blocks:
             _scale_residual_projections(block, config.layers)
 
@@ -85,71 +89,6 @@ class GPT2(nn.Module):
             x = block(x)
         logits: Tensor = self.lm_head(self.norm(x))
         return logits
-
-
-class Block(nn.Module):
-    """Attention and feed-forward, each normalised first and added to the residual stream."""
-
-    def __init__(self, config: GPT2Config) -> None:
-        super().__init__()
-        self.attention_norm = nn.LayerNorm(config.width)
-        self.attention = CausalSelfAttention(config)
-        self.feed_forward_norm = nn.LayerNorm(config.width)
-        self.feed_forward = FeedForward(config)
-
-    def forward(self, x: Tensor) -> Tensor:
-        x = x + self.attention(self.attention_norm(x))
-        branch: Tensor = self.feed_forward(self.feed_forward_norm(x))
-        return x + branch
-
-
-class CausalSelfAttention(nn.Module):
-    """Multi-head attention in which a token sees itself and what came before."""
-
-    def __init__(self, config: GPT2Config) -> None:
-        super().__init__()
-        self.heads = config.heads
-        self.attention_dropout = config.dropout
-        self.qkv = nn.Linear(config.width, 3 * config.width)
-        self.projection = nn.Linear(config.width, config.width)
-        self.dropout = nn.Dropout(config.dropout)
-
-    def forward(self, x: Tensor) -> Tensor:
-        batch, time, width = x.shape
-        heads = (batch, time, self.heads, width // self.heads)
-        query, key, value = (t.view(heads).transpose(1, 2) for t in self.qkv(x).chunk(3, dim=-1))
-        attended = F.scaled_dot_product_attention(
-            query,
-            key,
-            value,
-            dropout_p=self.attention_dropout if self.training else 0.0,
-            is_causal=True,
-        )
-        merged = attended.transpose(1, 2).reshape(batch, time, width)
-        projected: Tensor = self.dropout(self.projection(merged))
-        return projected
-
-
-class FeedForward(nn.Module):
-    """Two linear layers around a GELU, four times as wide inside."""
-
-    def __init__(self, config: GPT2Config) -> None:
-        super().__init__()
-        self.expansion = nn.Linear(config.width, 4 * config.width)
-        self.activation = nn.GELU(approximate="tanh")
-        self.projection = nn.Linear(4 * config.width, config.width)
-        self.dropout = nn.Dropout(config.dropout)
-
-    def forward(self, x: Tensor) -> Tensor:
-        projected: Tensor = self.dropout(self.projection(self.activation(self.expansion(x))))
-        return projected
-
-
-def _initialise(module: nn.Module) -> None:
-    if isinstance(module, (nn.Linear, nn.Embedding)):
-        nn.init.normal_(module.weight, std=0.02)
-    if isinstance(module, nn.Linear) and module.bias is not None:
-        nn.init.zeros_(module.bias)
 
 
 def _scale_residual_projections(block: nn.Module, layers: int) -> None:

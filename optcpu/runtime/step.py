@@ -218,8 +218,11 @@ class BufferKeeper:
             return
         changed = [one for one in self._kept if one.uncounted or one.version != one.buffer._version]
         if changed:
-            with torch.no_grad():  # together: a call for each takes longer than the copying
-                torch._foreach_copy_([one.copy for one in changed], [one.buffer for one in changed])
+            sources = [
+                b.detach() if b.requires_grad else b for b in (one.buffer for one in changed)
+            ]
+            # Together: a call for each takes longer than the copying.
+            torch._foreach_copy_([one.copy for one in changed], sources)
             for one in changed:
                 one.version = one.buffer._version
 

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import math
 import sys
 import textwrap
 from collections.abc import Callable, Iterator
@@ -88,6 +89,25 @@ class TestBuiltIn:
             optimizer.step()
             losses.append(loss.item())
         assert losses[-1] < losses[0] / 2
+
+    @pytest.mark.parametrize(
+        ("name", "input_shape", "classes", "units"),
+        [
+            ("encoder", (1, 512), 1000, ("tokens", 512)),
+            ("small-cnn", (256, 1, 28, 28), 10, ("samples", 256)),
+            ("resnet18", (32, 3, 64, 64), 10, ("samples", 32)),
+            ("vit-tiny", (8, 3, 224, 224), 10, ("samples", 8)),
+            ("lstm", (32, 64), 256, ("tokens", 32 * 64)),
+        ],
+    )
+    def test_the_others_of_the_suite(
+        self, name: str, input_shape: tuple[int, ...], classes: int, units: tuple[str, int]
+    ) -> None:
+        job = workload(name)
+        assert job.name == name
+        assert job.batches[0][0].shape == input_shape
+        assert (job.unit, job.units_per_batch) == units
+        assert _one_step(job) == pytest.approx(math.log(classes), abs=0.5), "that of a guess"
 
     def test_seed_decides_weights_and_data(self) -> None:
         one, same, other = (workload("digits-cnn", batch_size=8, seed=s) for s in (1, 1, 2))

@@ -5,7 +5,7 @@ from collections.abc import Callable
 
 import pytest
 
-from optcpu.measure.report import figure, to_text
+from optcpu.measure.report import to_text
 from optcpu.measure.result import Comparison, Row
 
 MakeRow = Callable[..., Row]
@@ -143,21 +143,3 @@ def test_rows_are_found_by_name(comparison: MakeComparison) -> None:
     assert made["eager-bf16"].variant == "eager-bf16"
     with pytest.raises(KeyError, match=r"'ipex' was not measured; measured: eager-fp32"):
         made["ipex"]
-
-
-@pytest.mark.parametrize(
-    ("value", "text"),
-    [
-        (None, "-"),
-        (1234.5, "1234"),
-        (96.04, "96.0"),
-        (5.678, "5.68"),
-        (0.3456, "0.346"),
-        (0.0, "0.000"),
-        (1e-5, "1.0e-05"),
-        (12345678.0, "1.2e+07"),
-        (math.nan, "nan"),
-    ],
-)
-def test_figures(value: float | None, text: str) -> None:
-    assert figure(value) == text
