@@ -290,6 +290,23 @@ def test_the_ideal_step_is_that_of_the_model(measured: Comparison) -> None:
     assert row.of_ideal == pytest.approx(ideal.step_ms / row.step_ms)
 
 
+@pytest.mark.slow
+def test_a_step_of_optcpu_is_broken_down(measured: Comparison) -> None:
+    comparison = compare(mlp(), (X, Y), variants=["optcpu"], steps=4, optimizer=sgd, **QUICK)
+    found = comparison.breakdown
+    assert found is not None
+    assert found.variant == "optcpu"
+    shares = {share.kind: share for share in found.shares}
+    assert {"products", "update", "generated", "python"} <= shares.keys()
+    assert shares["products"].ideal_ms == pytest.approx(comparison.ideal.product_ms)
+    assert shares["update"].ideal_ms == pytest.approx(comparison.ideal.update_ms)
+    assert sum(piece.calls for piece in shares["products"].pieces) == 5, (
+        "two forward, three backward"
+    )
+    assert "a step of optcpu, profiled" in str(comparison)
+    assert measured.breakdown is None, "nothing of optcpu ran there"
+
+
 def test_a_script_needs_no_guard_and_shows_progress_as_lines(tmp_path: Path) -> None:
     done = subprocess.run(
         script(tmp_path, ["eager-fp32"]),
