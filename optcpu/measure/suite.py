@@ -33,7 +33,8 @@ class Standing:
     """Where optcpu stands in a comparison.
 
     Attributes:
-        variant: the fastest of optcpu's own that learned.
+        variant: ``optcpu+optimizer`` if it learned, else ``optcpu``; not the faster of the two, which
+            would count the noise of a measurement in its favour.
         step_ms: time of its optimizer step, ms.
         eager: against eager FP32.
         compiled: against ``torch.compile`` as it comes, in BF16 if that was measured; None if it failed.
@@ -149,13 +150,15 @@ class Suite:
 
 def standing_in(comparison: Comparison) -> Standing | None:
     """Where optcpu stands in ``comparison``; None if no variant of it was measured and learned."""
-    own = _fastest(comparison, "optcpu")
+    candidates = {row.variant: row for row in _learned(comparison, "optcpu")}
+    own = candidates.get("optcpu+optimizer", candidates.get("optcpu"))
     if own is None:
         return None
     best = comparison[comparison.best_stock]
     names = [row.variant for row in comparison.rows if row.learned and row.rounds_ms]
     stock = next((name for name in ("compiled-bf16", "compiled-fp32") if name in names), None)
-    peer = _fastest(comparison, "peer")
+    peers = _learned(comparison, "peer")
+    peer = min(peers, key=lambda row: row.step_ms or 0.0, default=None)
     assert own.step_ms is not None
     assert own.of_ideal is not None
     assert own.peak_memory_mb is not None
@@ -172,9 +175,8 @@ def standing_in(comparison: Comparison) -> Standing | None:
     )
 
 
-def _fastest(comparison: Comparison, kind: str) -> Row | None:
-    learned = [row for row in comparison.rows if row.kind == kind and row.learned and row.rounds_ms]
-    return min(learned, key=lambda row: row.step_ms or 0.0, default=None)
+def _learned(comparison: Comparison, kind: str) -> list[Row]:
+    return [row for row in comparison.rows if row.kind == kind and row.learned and row.rounds_ms]
 
 
 def _ratio(other: Row, own: Row) -> Ratio:

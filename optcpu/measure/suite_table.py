@@ -25,8 +25,7 @@ _HEADINGS = {  # on a terminal, and in Markdown
     "x\nmemory": "memory, times the best stock variant's",
 }
 _MEANING = (
-    "optcpu is the fastest of its variants that learned; ratios are of step times, medians over rounds in "
-    "which all variants had their turn. Compiled is torch.compile as it comes, in BF16 where the processor "
+    "Ratios are of step times, medians over rounds in which all variants had their turn. Compiled is torch.compile as it comes, in BF16 where the processor "
     "has it; the best stock variant is the fastest of plain PyTorch's, a tuned allocator included; peers "
     "are other projects' extensions; the ideal is the products at the machine's measured peak and the "
     "update at its bandwidth."
@@ -42,7 +41,7 @@ def render(suite: Suite) -> RenderableType:
     """The table for a rich console."""
     table = tables.plain_table()
     table.add_column("workload", no_wrap=True)
-    table.add_column("fastest of\noptcpu", no_wrap=True)
+    table.add_column("variant", no_wrap=True)
     for heading in _HEADINGS:
         table.add_column(heading, justify="right", no_wrap=True)
     for entry in suite.entries:
@@ -63,7 +62,7 @@ def render(suite: Suite) -> RenderableType:
 def to_markdown(suite: Suite, path: str | Path | None) -> str:
     """The table in Markdown; ``path`` as in :meth:`Suite.to_markdown`."""
     target = None if path is None else files.path_for(path, "to_markdown", "Markdown", ".md")
-    rows = [("workload", "fastest of optcpu", *_HEADINGS.values()), ("---",) * (2 + len(_HEADINGS))]
+    rows = [("workload", "variant", *_HEADINGS.values()), ("---",) * (2 + len(_HEADINGS))]
     for entry in suite.entries:
         standing = entry.standing
         if standing is None:

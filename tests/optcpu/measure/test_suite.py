@@ -23,7 +23,7 @@ def suite_of(*entries: Entry) -> Suite:
     return Suite(MACHINE, list(entries))
 
 
-def test_the_fastest_of_optcpu_stands_for_it() -> None:
+def test_the_one_with_its_optimizer_stands_for_optcpu() -> None:
     standing = standing_in(make_comparison(COMPILED, PEER, WRONG_PEER, OPTCPU, FASTER))
     assert standing is not None
     assert standing.variant == "optcpu+optimizer"
@@ -33,6 +33,13 @@ def test_the_fastest_of_optcpu_stands_for_it() -> None:
     assert standing.best_peer == Ratio("ipex-compiled", pytest.approx(1.25)), "the right one"
     assert standing.of_ideal == 0.8
     assert standing.memory == pytest.approx(1900 / 2100)
+
+
+def test_noise_does_not_choose_the_variant() -> None:
+    slower = make_row("optcpu+optimizer", "optcpu", 81.0)
+    standing = standing_in(make_comparison(OPTCPU, slower))
+    assert standing is not None
+    assert standing.variant == "optcpu+optimizer"
 
 
 def test_ratios_are_of_rounds_and_not_of_medians() -> None:
