@@ -27,8 +27,8 @@ _HEADINGS = {  # on a terminal, and in Markdown
 _MEANING = (
     "Ratios are of step times, medians over rounds in which all variants had their turn. Compiled is "
     "torch.compile as it comes, in BF16 where the processor has it; the best stock variant is the fastest "
-    "of plain PyTorch's, a tuned allocator included; peers are other projects' extensions; the ideal is the "
-    "products at the machine's measured peak and the update at its bandwidth."
+    "of plain PyTorch's, a tuned allocator included; peers are other projects' extensions; the ideal is "
+    "the products at the machine's measured peak and the update at its bandwidth."
 )
 
 
