@@ -23,7 +23,7 @@ _M_TRIM_THRESHOLD = -1
 _M_TOP_PAD = -2
 _M_MMAP_MAX = -4
 
-_NEVER_TRIM = -1
+_NEVER_TRIM = -1  # the largest int would mean 2 GiB, less than a large model frees in a step
 _TOP_PAD_BYTES = 64 * 2**20  # the heap grows in steps of this size, not page by page
 
 

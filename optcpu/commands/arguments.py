@@ -53,7 +53,7 @@ def add_precision(parser: argparse.ArgumentParser) -> None:
 
 
 def add_timing_options(parser: argparse.ArgumentParser) -> None:
-    """Options that say which variants are measured, how, and where to the figures go."""
+    """Options that say which variants are measured, how, and where the figures go."""
     parser.add_argument(
         "--variants",
         type=names,
