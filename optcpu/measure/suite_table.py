@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from rich.console import Group, RenderableType
+from rich.table import Table
 from rich.text import Text
 
 from optcpu import files, tables
@@ -38,21 +39,11 @@ def to_text(suite: Suite, width: int | None = None) -> str:
 
 
 def render(suite: Suite) -> RenderableType:
-    """The table for a rich console."""
-    table = tables.plain_table()
-    table.add_column("workload", no_wrap=True)
-    table.add_column("variant", no_wrap=True)
-    for heading in _HEADINGS:
-        table.add_column(heading, justify="right", no_wrap=True)
-    for entry in suite.entries:
-        if entry.standing is None:
-            table.add_row(entry.name, Text("failed", "red"), *[_NONE] * len(_HEADINGS))
-        else:
-            table.add_row(entry.name, entry.standing.variant, *_figures(entry.standing))
+    """The table for a rich console; the variant is left out of a narrow one."""
     return Group(
         Text(str(suite.machine), "dim"),
         "",
-        tables.FirstThatFits(table),
+        tables.FirstThatFits(_table(suite), _table(suite, named=False)),
         "",
         *(tables.sentence(told, "red") for told in _problems(suite.entries)),
         tables.sentence(_MEANING, "dim"),
@@ -81,6 +72,23 @@ def to_markdown(suite: Suite, path: str | Path | None) -> str:
     if target is not None:
         files.write(target, text.encode(), "to_markdown")
     return text
+
+
+def _table(suite: Suite, named: bool = True) -> Table:
+    """The figures of all workloads; ``named`` says which variant they are of."""
+    table = tables.plain_table()
+    table.add_column("workload", no_wrap=True)
+    if named:
+        table.add_column("variant", no_wrap=True)
+    for heading in _HEADINGS:
+        table.add_column(heading, justify="right", no_wrap=True)
+    for entry in suite.entries:
+        if entry.standing is None:
+            variant, figures = Text("failed", "red"), (_NONE,) * len(_HEADINGS)
+        else:
+            variant, figures = Text(entry.standing.variant), _figures(entry.standing)
+        table.add_row(entry.name, *([variant] if named else []), *figures)
+    return table
 
 
 def _figures(standing: Standing, named: bool = False) -> tuple[str, ...]:

@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 
 from optcpu.measure.suite import Entry, Ratio, Suite, standing_in
+from optcpu.measure.suite_table import to_text
 from tests.optcpu.measure.conftest import MACHINE, make_comparison, make_row
 
 OPTCPU = make_row("optcpu", "optcpu", 80.0, peak_memory_mb=2310.0)
@@ -77,16 +78,21 @@ def test_problems_are_told() -> None:
     assert Entry("mlp", make_comparison(OPTCPU)).problem is None
 
 
-def test_the_table_fits_a_terminal() -> None:
+@pytest.mark.parametrize(
+    ("width", "variant"), [(100, ["optcpu+optimizer"]), (80, [])], ids=["wide", "usual"]
+)
+def test_the_table_fits_a_terminal(width: int, variant: list[str]) -> None:
     suite = suite_of(
         Entry("encoder-accumulation-4", make_comparison(COMPILED, PEER, FASTER)),
         Entry("digits-cnn", failed="scikit-learn is not installed"),
     )
-    lines = [line.split() for line in str(suite).splitlines()]
+    text = to_text(suite, width)
+    lines = [line.split() for line in text.splitlines()]
     figures = ["60.0", "5.00", "4.67", "1.60", "1.25", "80%", "0.90"]
-    assert ["encoder-accumulation-4", "optcpu+optimizer", *figures] in lines
-    assert ["digits-cnn", "failed", *["-"] * 7] in lines
-    assert "digits-cnn: scikit-learn is not installed." in str(suite)
+    assert ["encoder-accumulation-4", *variant, *figures] in lines
+    assert ["digits-cnn", *(["failed"] if variant else []), *["-"] * 7] in lines
+    assert "digits-cnn: scikit-learn is not installed." in text
+    assert max(len(line) for line in text.splitlines()) <= width
 
 
 def test_markdown(tmp_path: Path) -> None:
