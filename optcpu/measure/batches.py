@@ -83,9 +83,10 @@ def tensors_in(value: Any) -> list[Tensor]:
     if isinstance(value, Tensor):
         return [value]
     if isinstance(value, (tuple, list)):
-        return [tensor for entry in value for tensor in tensors_in(entry)]
+        nested = ([one] if isinstance(one, Tensor) else tensors_in(one) for one in value)
+        return [tensor for tensors in nested for tensor in tensors]
     if isinstance(value, Mapping):
-        return [tensor for entry in value.values() for tensor in tensors_in(entry)]
+        return tensors_in([*value.values()])
     if dataclasses.is_dataclass(value) and not isinstance(value, type):
         fields = [getattr(value, field.name) for field in dataclasses.fields(value)]
         return tensors_in(fields)
@@ -136,16 +137,18 @@ def default_loss(output: Any, batch: Batch) -> Tensor:
             one tensor.
         ValueError: if the shapes of output and target do not fit, or a target is no class.
     """
-    own = _entry(output, "loss")
-    if isinstance(own, Tensor):
-        return own
+    if isinstance(output, Tensor):
+        logits = output
+    else:
+        own, logits = _entry(output, "loss"), _entry(output, "logits")
+        if isinstance(own, Tensor):
+            return own
     target = _target(batch)
     if target is None:
         raise TypeError(
             "there is no target for the default loss: the output has no .loss and the batch is not "
             "a tuple (*inputs, target). Pass loss=lambda output, batch: ..."
         )
-    logits = _entry(output, "logits") if not isinstance(output, Tensor) else output
     if not isinstance(logits, Tensor):
         raise TypeError(
             f"the default loss needs one tensor or an output with .logits or .loss, not "
@@ -156,11 +159,11 @@ def default_loss(output: Any, batch: Batch) -> Tensor:
             raise _misfit("mean squared error", logits, target)
         return F.mse_loss(logits.float(), target.float())
     axis = class_axis(logits, target)
-    if axis == -1:
+    if axis is None:
+        raise _misfit("cross entropy", logits, target)
+    if axis == -1 and logits.dim() > 2:
         return _cross_entropy(logits.flatten(0, -2), target.flatten())
-    if axis == 1:
-        return _cross_entropy(logits, target)
-    raise _misfit("cross entropy", logits, target)
+    return _cross_entropy(logits, target)
 
 
 def _misfit(loss: str, output: Tensor, target: Tensor) -> ValueError:
@@ -192,7 +195,7 @@ def _cross_entropy(logits: Tensor, target: Tensor) -> Tensor:
     try:
         return F.cross_entropy(logits.float(), target.long())
     except IndexError:  # only then is it worth the time to look at every target
-        _check_classes(target, logits.shape[1])
+        _check_classes(target, logits.shape[min(1, logits.dim() - 1)])
         raise
 
 
@@ -229,9 +232,7 @@ def _check_classes(target: Tensor, classes: int) -> None:
 
 
 def _entry(output: Any, name: str) -> Any:
-    if isinstance(output, Mapping):
-        return output.get(name)
-    return getattr(output, name, None) if not isinstance(output, Tensor) else None
+    return output.get(name) if isinstance(output, Mapping) else getattr(output, name, None)
 
 
 def signature(batch: Batch) -> tuple[tuple[int, ...], ...]:

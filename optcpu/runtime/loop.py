@@ -85,6 +85,7 @@ class Loop:
         self._changed = False  # anything since then
         self._found_better = False
         self._shapes: set[tuple[tuple[int, ...], ...]] = set()  # of what was compiled
+        self._regions = 0  # compiled so far
         self._interval_started = time.perf_counter()
         self._interval_samples = 0
 
@@ -134,7 +135,7 @@ class Loop:
     def _make(self, step: MicroBatches) -> None:
         run, position = self._run, self._run.position
         run.pending = step
-        started, compiled = time.perf_counter(), self._compilations()
+        started = time.perf_counter()
         while not step.complete:
             if self._stop.by is not None and run.world.size == 1:
                 return  # the gradient so far goes into the checkpoint
@@ -160,7 +161,7 @@ class Loop:
         if run.freezer is not None and step.bad is None:
             run.freezer.step()
         self._before, self._changed, self._updating = None, True, False
-        phase = "step" if self._compilations() == compiled else "compile"
+        phase = "compile" if self._has_compiled() else "step"
         run.clock.add(phase, time.perf_counter() - started)
         if phase == "compile" and not self._options.dynamic:
             self._note_shapes(step)
@@ -268,7 +269,7 @@ class Loop:
         run, position = self._run, self._run.position
         assert self._validation is not None
         self._display.phase("validation")
-        started, compiled = time.perf_counter(), self._compilations()
+        started = time.perf_counter()
         self._runner.meet()
         run.world.share_from_first(run.model.buffers())
         results = validate(
@@ -281,7 +282,7 @@ class Loop:
         )
         if results is None:
             return None
-        phase = "validation" if self._compilations() == compiled else "compile"
+        phase = "compile" if self._has_compiled() else "validation"
         run.clock.add(phase, time.perf_counter() - started)
         position.validated, position.metrics, self._changed = position.step, results, True
         told = "  ".join(f"{name} {value:.4g}" for name, value in results.items())
@@ -380,9 +381,12 @@ class Loop:
                 f"step {run.position.step} is saved; then: {type(error).__name__}"
             )
 
-    def _compilations(self) -> int:
+    def _has_compiled(self) -> bool:
+        """Whether anything was compiled since this was asked before."""
         call = compiled_call(self._run.model)
-        return 0 if call is None else call.record.regions
+        regions = 0 if call is None else call.record.regions
+        before, self._regions = self._regions, regions
+        return regions != before
 
     def _estimate(self, samples: int) -> tuple[float | None, float | None]:
         """Samples a second in steps of ``samples``, and the seconds until the end of the run."""

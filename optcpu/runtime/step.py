@@ -205,35 +205,32 @@ class BufferKeeper:
         modules = (m for o in owners if isinstance(o, nn.Module) for m in o.modules())
         self._modules = [module for module in modules if module._buffers]
         self._kept: list[_KeptBuffer] = []
-        self._shapes: list[torch.Size] = []
+        self._ids: list[int] = []
 
     def keep(self) -> None:
         """Take note of what the buffers are; those that cannot have changed since then cost nothing."""
-        buffers = [b for m in self._modules for b in m._buffers.values() if b is not None]
-        same = len(buffers) == len(self._kept) and all(
-            kept.buffer is buffer for kept, buffer in zip(self._kept, buffers, strict=True)
-        )
-        if not same or [buffer.shape for buffer in buffers] != self._shapes:
+        if [id(b) for module in self._modules for b in module._buffers.values()] != self._ids:
             self._keep_anew()
             return
         changed = [one for one in self._kept if one.uncounted or one.version != one.buffer._version]
-        if changed:
-            sources = [
-                b.detach() if b.requires_grad else b for b in (one.buffer for one in changed)
-            ]
-            # Together: a call for each takes longer than the copying.
-            torch._foreach_copy_([one.copy for one in changed], sources)
-            for one in changed:
-                one.version = one.buffer._version
+        if not changed:
+            return
+        for one in changed:
+            if one.buffer.shape != one.copy.shape:
+                self._keep_anew()
+                return
+            one.version = one.buffer._version
+        with torch.no_grad():  # together: a call for each takes longer than the copying
+            torch._foreach_copy_([one.copy for one in changed], [one.buffer for one in changed])
 
     def _keep_anew(self) -> None:
+        named = [(m, name, buffer) for m in self._modules for name, buffer in m._buffers.items()]
+        self._ids = [id(buffer) for _, _, buffer in named]
         self._kept = [
             _KeptBuffer(module, name, buffer, buffer._version, buffer.detach().clone())
-            for module in self._modules
-            for name, buffer in module._buffers.items()
+            for module, name, buffer in named
             if buffer is not None
         ]
-        self._shapes = [one.buffer.shape for one in self._kept]
 
     @torch.no_grad()
     def put_back(self) -> None:

@@ -38,10 +38,13 @@ def set_rng_state(state: dict[str, Any]) -> None:
         ) from error
 
 
-# A Mersenne twister in memory: 624 words and the position. Reading those takes a microsecond, where asking
-# Python or NumPy for their state takes longer than a small layer, at each step of training; most programs
-# never draw from either.
+# A Mersenne twister in memory: 624 words, and the position of the next one to draw, beside one end of them.
+# Asking Python or NumPy for the state takes longer than a small layer, at each step of training, and most
+# programs never draw from either. So position and eight words beside it are looked at: a draw moves the
+# position, and of the words another seed or 624 draws leave none as it was.
 _MT19937_BYTES = 625 * 4
+_MARK_BYTES = 9 * 4
+_Mark = ctypes.c_char * _MARK_BYTES
 
 
 class _PythonGlobal:
@@ -50,20 +53,20 @@ class _PythonGlobal:
     def __init__(self) -> None:
         self._generator: random.Random = random.getstate.__self__  # type: ignore[attr-defined]
         self._state = random.getstate()
-        self._words = b""
-        self._address = self._find()
+        self._seen = b""
+        self._mark = self._find()
 
     def get(self) -> tuple[Any, ...]:
-        if self._address is None:
+        if self._mark is None:
             return random.getstate()
-        words = ctypes.string_at(self._address, _MT19937_BYTES)
+        seen = self._mark.raw
         # A normal number that is kept for later belongs to the state as well.
-        if words != self._words or self._generator.gauss_next != self._state[2]:  # type: ignore[attr-defined]
-            self._state, self._words = random.getstate(), words
+        if seen != self._seen or self._generator.gauss_next != self._state[2]:  # type: ignore[attr-defined]
+            self._state, self._seen = random.getstate(), seen
         return self._state
 
-    def _find(self) -> int | None:
-        """Where position and words lie; None where this Python has them elsewhere than CPython does."""
+    def _find(self) -> ctypes.Array[ctypes.c_char] | None:
+        """Position and first words; None where this Python has them elsewhere than CPython does."""
         header = object.__basicsize__
         if sys.implementation.name != "cpython" or not hasattr(self._generator, "gauss_next"):
             return None
@@ -72,7 +75,9 @@ class _PythonGlobal:
         *words, position = self._state[1]
         expected = np.array([position, *words], dtype=np.uint32).tobytes()
         address = id(self._generator) + header
-        return address if ctypes.string_at(address, _MT19937_BYTES) == expected else None
+        if ctypes.string_at(address, _MT19937_BYTES) != expected:
+            return None
+        return _Mark.from_address(address)
 
 
 class _NumpyGlobal:
@@ -84,25 +89,32 @@ class _NumpyGlobal:
     """
 
     def __init__(self) -> None:
+        self._generator: Any = None
         self._state: dict[str, Any] | None = None
-        self._words = b""
+        self._seen = b""
+        self._mark: ctypes.Array[ctypes.c_char] | None = None
 
     def state_dict(self) -> dict[str, Any]:
-        words = self._read()
-        if self._state is None or words is None or words != self._words or self._state["has_gauss"]:
-            self._state, self._words = np.random.get_state(legacy=False), words or b""
+        generator = np.random.get_bit_generator()  # type: ignore[attr-defined]
+        if generator is not self._generator:
+            self._generator, self._state = generator, None
+            self._mark = self._find(generator)
+        seen = None if self._mark is None else self._mark.raw
+        if self._state is None or seen is None or seen != self._seen or self._state["has_gauss"]:
+            self._state, self._seen = np.random.get_state(legacy=False), seen or b""
         return dict(self._state)
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         self._state = None
         np.random.set_state(state)
 
-    def _read(self) -> bytes | None:
-        """Words and position; None of another kind of generator."""
-        generator = np.random.get_bit_generator()  # type: ignore[attr-defined]
+    @staticmethod
+    def _find(generator: Any) -> ctypes.Array[ctypes.c_char] | None:
+        """Last words and position; None of another kind of generator."""
         if not isinstance(generator, np.random.MT19937):
             return None
-        return ctypes.string_at(generator.ctypes.state_address, _MT19937_BYTES)
+        end = generator.ctypes.state_address + _MT19937_BYTES
+        return _Mark.from_address(end - _MARK_BYTES)
 
 
 _python, _numpy = _PythonGlobal(), _NumpyGlobal()

@@ -84,6 +84,30 @@ def test_each_state_of_python_is_the_one_at_that_time(between: int) -> None:
     assert states == then
 
 
+@pytest.mark.parametrize("draws_between", [1, 623, 624, 625, 1248])
+def test_a_generator_that_has_come_round_is_seen(draws_between: int) -> None:
+    """After 624 draws of a word the position is the same again."""
+    random.seed(0)
+    np.random.seed(0)
+    rng_state()
+    for _ in range(draws_between):
+        random.getrandbits(32)
+    np.random.randint(0, 1 << 32, size=draws_between, dtype=np.uint32)
+    state = rng_state()
+    assert state["python"] == random.getstate()
+    assert np.array_equal(state["numpy"]["state"]["key"], np.random.get_state()[1])
+    assert state["numpy"]["state"]["pos"] == np.random.get_state()[2]
+
+
+def test_another_seed_is_seen() -> None:
+    for seed in (1, 2, 2**31, 2**32 - 1):
+        random.seed(seed)
+        np.random.seed(seed)
+        state = rng_state()
+        assert state["python"] == random.getstate()
+        assert np.array_equal(state["numpy"]["state"]["key"], np.random.get_state()[1])
+
+
 def test_a_number_in_store_of_python_is_seen_beside_the_same_words() -> None:
     random.seed(0)
     version, words, _ = rng_state()["python"]
