@@ -1,4 +1,6 @@
-"""The compiler backend: Inductor with optcpu's passes. The only file that touches Inductor.
+"""The compiler backend: Inductor with optcpu's passes.
+
+This file and :mod:`optcpu.cpp_ahead` are the only ones that touch Inductor.
 
 Dynamo hands over one captured graph at a time. AOTAutograd traces forward and backward as one joint
 graph, on which the ``"joint"`` passes run through Inductor's ``joint_custom_pre_pass`` hook. The
@@ -24,6 +26,7 @@ from torch._inductor.decomposition import select_decomp_table
 from torch._inductor.fx_passes.post_grad import view_to_reshape
 
 import passes
+from optcpu import cpp_ahead
 from optcpu.errors import CompileError, FallbackWarning, warn
 from optcpu.pipeline import Pipeline, default_passes, resolve_precision
 from optcpu.record import Fallback, GraphKind, GraphRun, Record
@@ -220,7 +223,8 @@ class _GraphCompiler:
             module.recompile()
             if not self._backend.codegen:
                 return _boxed(module)
-            compiled = compile_fx_inner(module, example_inputs, **options)
+            with cpp_ahead.kernels_compiled_as_written():
+                compiled = compile_fx_inner(module, example_inputs, **options)
         except Exception as error:
             self._backend.fell_back(f"the {kind} of captured graph {self._region}", error)
             return eager

@@ -12,6 +12,7 @@ from torch._dynamo.exc import TorchDynamoException
 from torch.optim import Optimizer
 
 import passes as p
+from optcpu import cpp_ahead
 from optcpu.backend import Backend
 from optcpu.cpu import capabilities
 from optcpu.errors import OptcpuError, warn
@@ -215,6 +216,7 @@ class CompiledCall:
         self._eager: Callable[..., Any] = model._call_impl
         self._needs_autocast = needs_autocast(model, settings.precision)
         self._given_up = False
+        cpp_ahead.prepare_compiler()
         self.compile_anew()
 
     def compile_anew(self) -> None:

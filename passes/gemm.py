@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import functools
 import json
+import math
 import os
 import tempfile
 import time
@@ -30,7 +31,7 @@ Kernel: TypeAlias = Callable[[Tensor, Tensor], Tensor]
 # A product with fewer multiply-adds a thread takes microseconds whatever computes it. In BF16 the
 # libraries differ less (both are oneDNN), so that a call of our own pays later.
 _SMALL = {torch.float32: 2**21, torch.bfloat16: 2**24}
-_LEAST_ROUNDS, _MOST_ROUNDS = 3, 30
+_LEAST_ROUNDS, _LEAST_LONG_ROUNDS, _MOST_ROUNDS = 3, 2, 30
 _HOPELESS = 2.0  # times slower than the fastest: not worth another round
 _TIE = 1.05  # times this close to each other count as equal
 _SECONDS_PER_PRODUCT = 0.25
@@ -158,31 +159,34 @@ def measure(runs: Mapping[str, Callable[[], Tensor]], preferred: str) -> str:
     """The name of the fastest of ``runs``, found by running them in turn a few times.
 
     What else the machine does meanwhile only adds time, and hits all alike when they take turns: so the
-    shortest time of each counts.
+    shortest time of each counts. Long runs are few: building a kernel and touching new memory, which only
+    the first one does, counts for little in them.
     """
-    shortest = {name: float("inf") for name, run in runs.items() if _works(run)}
+    first = {name: _seconds(run) for name, run in runs.items()}
+    shortest = {name: seconds for name, seconds in first.items() if seconds is not None}
+    long = sum(shortest.values()) > _SECONDS_PER_PRODUCT
+    least_rounds = _LEAST_LONG_ROUNDS if long else _LEAST_ROUNDS
     started = time.perf_counter()
     for turn in range(_MOST_ROUNDS):
         for name in shortest:
-            if shortest[name] > _HOPELESS * min(shortest.values()) and turn >= _LEAST_ROUNDS:
-                continue
-            begin = time.perf_counter()
-            runs[name]()
-            shortest[name] = min(shortest[name], time.perf_counter() - begin)
-        if turn + 1 >= _LEAST_ROUNDS and time.perf_counter() - started > _SECONDS_PER_PRODUCT:
+            hopeless = shortest[name] > _HOPELESS * min(shortest.values())
+            if not hopeless or (turn < least_rounds and not long):
+                shortest[name] = min(shortest[name], _seconds(runs[name]) or math.inf)
+        if turn + 1 >= least_rounds and time.perf_counter() - started > _SECONDS_PER_PRODUCT:
             break
-    if shortest.get(preferred, float("inf")) <= _TIE * min(shortest.values()):
+    if shortest.get(preferred, math.inf) <= _TIE * min(shortest.values()):
         return preferred
     return min(shortest, key=lambda name: shortest[name])
 
 
-def _works(run: Callable[[], Tensor]) -> bool:
-    """Whether the work can be done this way; builds the primitive and touches the memory."""
+def _seconds(run: Callable[[], Tensor]) -> float | None:
+    """What a run takes; None where the work cannot be done this way."""
+    begin = time.perf_counter()
     try:
         run()
     except RuntimeError:
-        return False
-    return True
+        return None
+    return time.perf_counter() - begin
 
 
 def choices() -> dict[str, str]:

@@ -101,7 +101,11 @@ def test_the_shortest_time_counts_and_a_tie_goes_to_the_preferred(
 ) -> None:
     now, calls = 0.0, {"fast": 0, "tied": 0, "slow": 0}
     # Each has a turn in which the machine was busy.
-    times = {"fast": [5.0, 1.0, 1.0], "tied": [1.04, 9.0, 9.0], "slow": [3.0, 3.0, 3.0]}
+    times = {
+        "fast": [0.005, 0.001, 0.001],
+        "tied": [0.00104, 0.009, 0.009],
+        "slow": [0.003, 0.003, 0.003],
+    }
 
     def run(name: str) -> Callable[[], torch.Tensor]:
         def work() -> torch.Tensor:
@@ -116,6 +120,25 @@ def test_the_shortest_time_counts_and_a_tie_goes_to_the_preferred(
     runs = {name: run(name) for name in times}
     assert gemm.measure(runs, preferred="tied") == "tied"
     assert gemm.measure(runs, preferred="slow") == "fast"
+
+
+def test_long_runs_are_few(monkeypatch: pytest.MonkeyPatch) -> None:
+    now = 0.0
+    calls: list[str] = []
+
+    def run(name: str, seconds: float) -> Callable[[], torch.Tensor]:
+        def work() -> torch.Tensor:
+            nonlocal now
+            now += seconds if name in calls else 1.3 * seconds  # the first touches new memory
+            calls.append(name)
+            return torch.zeros(1)
+
+        return work
+
+    monkeypatch.setattr(gemm.time, "perf_counter", lambda: now)
+    runs = {"good": run("good", 0.2), "best": run("best", 0.18), "hopeless": run("hopeless", 0.5)}
+    assert gemm.measure(runs, preferred="good") == "best"
+    assert {name: calls.count(name) for name in runs} == {"good": 3, "best": 3, "hopeless": 1}
 
 
 def test_sizes_that_are_close_share_a_measurement() -> None:

@@ -1,0 +1,72 @@
+"""The C++ compiler's work, begun before Inductor would begin it.
+
+Inductor writes the code of a whole graph, and only then starts the C++ compiler on all of its kernels;
+before the first of them it finds out what the compiler can do and translates its headers. Here both begin
+as early as they can, on a core that has nothing else to do while Python traces graphs. Nothing but the time
+is different: Inductor finds the work under way, by the hash of the source, or does it itself.
+"""
+
+from __future__ import annotations
+
+import ast
+import functools
+import logging
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+from unittest import mock
+
+from torch._inductor.async_compile import AsyncCompile
+from torch._inductor.codegen.wrapper import PythonWrapperCodegen
+
+logger = logging.getLogger(__name__)
+
+_BINDING = "async_compile.cpp_pybinding("  # what the definition of a kernel in C++ begins with
+_SMALLEST_KERNEL = """async_compile.cpp_pybinding(["float*"], r'''
+#include <torch/csrc/inductor/cpp_prefix.h>
+extern "C" void kernel(float* x) { at::vec::Vectorized<float>(0.0f).store(x); }
+''')"""
+
+
+@functools.cache
+def prepare_compiler() -> None:
+    """Let the first kernel find a tried compiler and translated headers; once in a process.
+
+    Both are kept on disk and take 4 s each where they are not there yet, and then a second to look at.
+    """
+    work = threading.Thread(
+        target=_start, args=[_SMALLEST_KERNEL], name="optcpu-prepare-compiler", daemon=True
+    )
+    work.start()
+
+
+@contextmanager
+def kernels_compiled_as_written() -> Iterator[None]:
+    """Start the C++ compiler on each kernel as soon as Inductor has written it."""
+    define = PythonWrapperCodegen.define_kernel
+
+    def define_and_start(
+        wrapper: PythonWrapperCodegen, name: str, body: str, *args: Any, **options: Any
+    ) -> None:
+        if body.startswith(_BINDING):
+            _start(body)
+        define(wrapper, name, body, *args, **options)
+
+    with mock.patch.object(PythonWrapperCodegen, "define_kernel", define_and_start):
+        yield
+
+
+def _start(definition: str) -> None:
+    """Have a kernel compiled by Inductor's own pool of threads, if it is not there yet.
+
+    Args:
+        definition: a call of ``async_compile.cpp_pybinding`` with literals.
+    """
+    try:
+        call = ast.parse(definition.strip(), mode="eval").body
+        assert isinstance(call, ast.Call)
+        arguments = [ast.literal_eval(argument) for argument in call.args]
+        AsyncCompile().cpp_pybinding(*arguments)
+    except Exception as error:  # Inductor will meet it again, where it is told and handled
+        logger.debug("a kernel could not be compiled ahead: %s", error)

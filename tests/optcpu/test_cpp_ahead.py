@@ -1,0 +1,96 @@
+"""Kernels that the C++ compiler meets before Inductor asks for them."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+import threading
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+from torch._inductor.async_compile import AsyncCompile
+
+import optcpu
+from optcpu import cpp_ahead
+
+# The widths are in no other test, so that no kernel is in this process's cache.
+WIDTH, HIDDEN = 37, 53
+
+
+@pytest.fixture
+def asked(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> list[tuple[str, str]]:
+    """Who has asked for which kernel's source, in order, with empty caches."""
+    monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path))
+    requests: list[tuple[str, str]] = []
+    by_whom = threading.local()
+    binding, start = AsyncCompile.cpp_pybinding, cpp_ahead._start
+
+    def noted_binding(self: AsyncCompile, argument_types: list[str], source: str) -> Any:
+        requests.append((getattr(by_whom, "name", "inductor"), source))
+        return binding(self, argument_types, source)
+
+    def noted_start(definition: str) -> None:
+        by_whom.name = "ahead"
+        start(definition)
+        del by_whom.name
+
+    monkeypatch.setattr(AsyncCompile, "cpp_pybinding", noted_binding)
+    monkeypatch.setattr(cpp_ahead, "_start", noted_start)
+    return requests
+
+
+def train_and_check() -> None:
+    """One step, optimized and eager: the same output and gradients."""
+    model = nn.Sequential(nn.LayerNorm(WIDTH), nn.Linear(WIDTH, HIDDEN), nn.GELU())
+    x = torch.randn(8, WIDTH)
+    expected = model(x)
+    expected.square().sum().backward()
+    gradients = [p.grad for p in model.parameters()]
+    model.zero_grad()
+    optcpu.optimize(model, precision="fp32", fallback=False)
+    result = model(x)
+    result.square().sum().backward()
+    torch.testing.assert_close(result, expected, rtol=1e-4, atol=1e-5)
+    for parameter, gradient in zip(model.parameters(), gradients, strict=True):
+        torch.testing.assert_close(parameter.grad, gradient, rtol=1e-4, atol=1e-5)
+
+
+def test_each_kernel_is_started_before_inductor_asks_for_it(asked: list[tuple[str, str]]) -> None:
+    train_and_check()
+    wanted = [source for name, source in asked if name == "inductor"]
+    assert wanted
+    for source in wanted:
+        assert asked.index(("ahead", source)) < asked.index(("inductor", source))
+
+
+def test_what_cannot_be_started_is_left_to_inductor(
+    asked: list[tuple[str, str]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    start = cpp_ahead._start
+    monkeypatch.setattr(cpp_ahead, "_start", lambda definition: start(f"{definition} + 1"))
+    train_and_check()
+    assert {name for name, _ in asked} == {"inductor"}
+
+
+def test_stock_compile_is_left_alone(asked: list[tuple[str, str]]) -> None:
+    optcpu.optimize(nn.Linear(2, 2))
+    model = nn.Sequential(nn.Linear(WIDTH, 3), nn.Softmax(dim=-1))
+    torch.compile(model)(torch.randn(5, WIDTH))
+    assert {name for name, _ in asked} == {"inductor"}
+
+
+@pytest.mark.parametrize("compiler", ["/no/such/compiler", "g++"])
+def test_a_process_that_ends_meanwhile_ends_at_once(tmp_path: Path, compiler: str) -> None:
+    code = (
+        "from optcpu import cpp_ahead; cpp_ahead.prepare_compiler(); cpp_ahead.prepare_compiler()"
+    )
+    environment = os.environ | {"TORCHINDUCTOR_CACHE_DIR": str(tmp_path), "CXX": compiler}
+    run = subprocess.run(
+        [sys.executable, "-c", code], env=environment, capture_output=True, text=True, timeout=120
+    )
+    assert run.returncode == 0
+    assert "Error" not in run.stderr
