@@ -12,32 +12,48 @@ import ast
 import functools
 import logging
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, ParamSpec
 from unittest import mock
 
 from torch._inductor.async_compile import AsyncCompile
+from torch._inductor.codecache import CppPythonBindingsCodeCache
 from torch._inductor.codegen.wrapper import PythonWrapperCodegen
+
+P = ParamSpec("P")
 
 logger = logging.getLogger(__name__)
 
 _BINDING = "async_compile.cpp_pybinding("  # what the definition of a kernel in C++ begins with
-_SMALLEST_KERNEL = """async_compile.cpp_pybinding(["float*"], r'''
+_SMALLEST_KERNEL = """
 #include <torch/csrc/inductor/cpp_prefix.h>
 extern "C" void kernel(float* x) { at::vec::Vectorized<float>(0.0f).store(x); }
-''')"""
+"""
+
+
+def _left_to_inductor(work: Callable[P, None]) -> Callable[P, None]:
+    """``work``, but an error goes by: Inductor will meet it again, where it is told and handled."""
+
+    @functools.wraps(work)
+    def attempt(*args: P.args, **kwargs: P.kwargs) -> None:
+        try:
+            work(*args, **kwargs)
+        except Exception as error:
+            logger.debug("a kernel could not be compiled ahead: %s", error)
+
+    return attempt
 
 
 @functools.cache
 def prepare_compiler() -> None:
     """Let the first kernel find a tried compiler and translated headers; once in a process.
 
-    Both are kept on disk and take 4 s each where they are not there yet, and then a second to look at.
+    Both are kept on disk and take 4 s each where they are not there yet, and then a second to look at: in
+    a thread, which compiles by itself. A pool of threads that Inductor has begun to use must not be there
+    yet when a process forks.
     """
-    work = threading.Thread(
-        target=_start, args=[_SMALLEST_KERNEL], name="optcpu-prepare-compiler", daemon=True
-    )
+    work = threading.Thread(target=_compile_smallest, name="optcpu-prepare-compiler", daemon=True)
     work.start()
 
 
@@ -57,16 +73,18 @@ def kernels_compiled_as_written() -> Iterator[None]:
         yield
 
 
+@_left_to_inductor
+def _compile_smallest() -> None:
+    CppPythonBindingsCodeCache.load_pybinding(["float*"], _SMALLEST_KERNEL)
+
+
+@_left_to_inductor
 def _start(definition: str) -> None:
     """Have a kernel compiled by Inductor's own pool of threads, if it is not there yet.
 
     Args:
         definition: a call of ``async_compile.cpp_pybinding`` with literals.
     """
-    try:
-        call = ast.parse(definition.strip(), mode="eval").body
-        assert isinstance(call, ast.Call)
-        arguments = [ast.literal_eval(argument) for argument in call.args]
-        AsyncCompile().cpp_pybinding(*arguments)
-    except Exception as error:  # Inductor will meet it again, where it is told and handled
-        logger.debug("a kernel could not be compiled ahead: %s", error)
+    call = ast.parse(definition.strip(), mode="eval").body
+    assert isinstance(call, ast.Call)
+    AsyncCompile().cpp_pybinding(*(ast.literal_eval(argument) for argument in call.args))

@@ -216,7 +216,7 @@ class CompiledCall:
         self._eager: Callable[..., Any] = model._call_impl
         self._needs_autocast = needs_autocast(model, settings.precision)
         self._given_up = False
-        cpp_ahead.prepare_compiler()
+        cpp_ahead.prepare_compiler()  # in a thread, until the first call needs it
         self.compile_anew()
 
     def compile_anew(self) -> None:

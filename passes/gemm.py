@@ -31,7 +31,7 @@ Kernel: TypeAlias = Callable[[Tensor, Tensor], Tensor]
 # A product with fewer multiply-adds a thread takes microseconds whatever computes it. In BF16 the
 # libraries differ less (both are oneDNN), so that a call of our own pays later.
 _SMALL = {torch.float32: 2**21, torch.bfloat16: 2**24}
-_LEAST_ROUNDS, _LEAST_LONG_ROUNDS, _MOST_ROUNDS = 3, 2, 30
+_LEAST_ROUNDS, _LEAST_ROUNDS_OF_LONG, _MOST_ROUNDS = 3, 2, 30
 _HOPELESS = 2.0  # times slower than the fastest: not worth another round
 _TIE = 1.05  # times this close to each other count as equal
 _SECONDS_PER_PRODUCT = 0.25
@@ -165,12 +165,12 @@ def measure(runs: Mapping[str, Callable[[], Tensor]], preferred: str) -> str:
     first = {name: _seconds(run) for name, run in runs.items()}
     shortest = {name: seconds for name, seconds in first.items() if seconds is not None}
     long = sum(shortest.values()) > _SECONDS_PER_PRODUCT
-    least_rounds = _LEAST_LONG_ROUNDS if long else _LEAST_ROUNDS
+    least_rounds = _LEAST_ROUNDS_OF_LONG if long else _LEAST_ROUNDS
     started = time.perf_counter()
     for turn in range(_MOST_ROUNDS):
         for name in shortest:
             hopeless = shortest[name] > _HOPELESS * min(shortest.values())
-            if not hopeless or (turn < least_rounds and not long):
+            if not hopeless or turn < (1 if long else least_rounds):
                 shortest[name] = min(shortest[name], _seconds(runs[name]) or math.inf)
         if turn + 1 >= least_rounds and time.perf_counter() - started > _SECONDS_PER_PRODUCT:
             break

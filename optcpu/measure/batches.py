@@ -140,9 +140,10 @@ def default_loss(output: Any, batch: Batch) -> Tensor:
     if isinstance(output, Tensor):
         logits = output
     else:
-        own, logits = _entry(output, "loss"), _entry(output, "logits")
+        own = _entry(output, "loss")
         if isinstance(own, Tensor):
             return own
+        logits = _entry(output, "logits")
     target = _target(batch)
     if target is None:
         raise TypeError(
@@ -207,9 +208,10 @@ def check_targets(output: Any, batches: Sequence[Batch]) -> None:
     Raises:
         ValueError: a target is none of the output's classes.
     """
+    has_loss = not isinstance(output, Tensor) and isinstance(_entry(output, "loss"), Tensor)
     logits = output if isinstance(output, Tensor) else _entry(output, "logits")
     first = _target(batches[0])
-    if isinstance(_entry(output, "loss"), Tensor) or not isinstance(logits, Tensor):
+    if has_loss or not isinstance(logits, Tensor):
         return
     if first is None or first.is_floating_point():
         return

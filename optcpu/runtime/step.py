@@ -8,6 +8,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
@@ -205,39 +206,37 @@ class BufferKeeper:
         modules = (m for o in owners if isinstance(o, nn.Module) for m in o.modules())
         self._modules = [module for module in modules if module._buffers]
         self._kept: list[_KeptBuffer] = []
+        self._places: list[tuple[nn.Module, dict[str, Tensor | None]]] = []
         self._ids: list[int] = []
 
     def keep(self) -> None:
-        """Take note of what the buffers are; those that cannot have changed since then cost nothing."""
+        """Take note of what the buffers are; large ones that have not changed since then cost nothing."""
         if [id(b) for module in self._modules for b in module._buffers.values()] != self._ids:
             self._keep_anew()
             return
-        changed = [one for one in self._kept if one.uncounted or one.version != one.buffer._version]
-        if not changed:
-            return
-        for one in changed:
-            if one.buffer.shape != one.copy.shape:
+        for one in self._kept:
+            if not one.update():
                 self._keep_anew()
                 return
-            one.version = one.buffer._version
-        with torch.no_grad():  # together: a call for each takes longer than the copying
-            torch._foreach_copy_([one.copy for one in changed], [one.buffer for one in changed])
 
     def _keep_anew(self) -> None:
-        named = [(m, name, buffer) for m in self._modules for name, buffer in m._buffers.items()]
-        self._ids = [id(buffer) for _, _, buffer in named]
+        self._places = [(module, dict(module._buffers)) for module in self._modules]
+        self._ids = [id(buffer) for _, buffers in self._places for buffer in buffers.values()]
         self._kept = [
-            _KeptBuffer(module, name, buffer, buffer._version, buffer.detach().clone())
-            for module, name, buffer in named
+            _KeptBuffer(module, name, buffer)
+            for module, buffers in self._places
+            for name, buffer in buffers.items()
             if buffer is not None
         ]
 
     @torch.no_grad()
     def put_back(self) -> None:
-        """Make the buffers what they were when they were kept, also those that were replaced."""
+        """Make the buffers what they were when they were kept, also those that were replaced or added."""
+        for module, buffers in self._places:
+            module._buffers.clear()
+            module._buffers.update(buffers)
         for one in self._kept:
-            one.module._buffers[one.name] = one.buffer
-            one.buffer.copy_(one.copy)
+            one.put_back()
 
     def state_dict(self) -> list[Tensor]:
         """What the buffers were when they were kept; valid until :meth:`keep` is called again."""
@@ -246,21 +245,81 @@ class BufferKeeper:
     def load_state_dict(self, state: list[Tensor]) -> None:
         """Keep that in place of what was kept of the same buffers."""
         for one, copy in zip(self._kept, state, strict=True):
-            one.copy = copy.clone()
+            one.copy.copy_(copy)
 
 
-@dataclass(slots=True)
+# Bytes. Smaller buffers are copied in each step: as good as any may be written through ``.data``, which is
+# not counted as a change.
+_SMALL = 2**18
+
+
 class _KeptBuffer:
-    module: nn.Module
-    name: str
-    buffer: Tensor
-    version: int
-    copy: Tensor
-    uncounted: bool = field(init=False)
+    """A buffer of a module, and a copy of it."""
 
-    def __post_init__(self) -> None:
+    __slots__ = (
+        "_address",
+        "_from",
+        "_to",
+        "buffer",
+        "copy",
+        "counted",
+        "module",
+        "name",
+        "version",
+    )
+
+    def __init__(self, module: nn.Module, name: str, buffer: Tensor) -> None:
+        self.module, self.name, self.buffer = module, name, buffer
+        self.copy = buffer.detach().clone()
         # The kernels of batch norms write running statistics without counting that as a change.
-        self.uncounted = isinstance(self.module, nn.modules.batchnorm._NormBase)
+        statistics = isinstance(module, nn.modules.batchnorm._NormBase)
+        large = buffer.numel() * buffer.element_size() > _SMALL
+        self.counted = large and not statistics and not buffer.is_inference()
+        self.version = buffer._version if self.counted else None
+        # NumPy copies a small array in a fraction of the time that a call of PyTorch takes. (Not of all
+        # buffers: memory that NumPy has seen cannot be resized any more.)
+        self._from, self._to = (_array(buffer), _array(self.copy)) if statistics else (None, None)
+        self._address = None if self._from is None else buffer.data_ptr()
+
+    def update(self) -> bool:
+        """Copy the buffer anew; whether that is possible, as nobody has changed its shape or memory."""
+        if self.buffer.shape != self.copy.shape:
+            return False
+        if self.counted:
+            if self.version == self.buffer._version:
+                return True
+            self.version = self.buffer._version
+        if self._from is None or self._to is None:
+            self.copy.copy_(self.buffer.detach())
+        elif self.buffer.data_ptr() == self._address:
+            self._to[...] = self._from
+        else:
+            return False
+        return True
+
+    def put_back(self) -> None:
+        """Make the buffer what it was."""
+        if self.buffer.is_inference():
+            self.module._buffers[self.name] = self.copy.clone()
+        elif self.buffer.shape != self.copy.shape:
+            self.buffer.data = self.copy.clone()
+        elif not _is_expanded(self.buffer):  # those cannot be written to
+            self.buffer.copy_(self.copy)
+
+
+def _is_expanded(tensor: Tensor) -> bool:
+    strided = tensor.layout == torch.strided
+    return strided and any(
+        step == 0 and size > 1 for step, size in zip(tensor.stride(), tensor.shape, strict=True)
+    )
+
+
+def _array(tensor: Tensor) -> np.ndarray[Any, Any] | None:
+    """The memory of ``tensor`` as NumPy sees it; None of kinds that it does not know, as BF16."""
+    try:
+        return tensor.detach().numpy()
+    except (TypeError, RuntimeError):
+        return None
 
 
 def trained_parameters(model: nn.Module, loss: Loss) -> dict[str, nn.Parameter]:

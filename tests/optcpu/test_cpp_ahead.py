@@ -84,13 +84,44 @@ def test_stock_compile_is_left_alone(asked: list[tuple[str, str]]) -> None:
 
 
 @pytest.mark.parametrize("compiler", ["/no/such/compiler", "g++"])
-def test_a_process_that_ends_meanwhile_ends_at_once(tmp_path: Path, compiler: str) -> None:
+def test_a_process_may_end_meanwhile(tmp_path: Path, compiler: str) -> None:
     code = (
         "from optcpu import cpp_ahead; cpp_ahead.prepare_compiler(); cpp_ahead.prepare_compiler()"
     )
-    environment = os.environ | {"TORCHINDUCTOR_CACHE_DIR": str(tmp_path), "CXX": compiler}
-    run = subprocess.run(
-        [sys.executable, "-c", code], env=environment, capture_output=True, text=True, timeout=120
-    )
-    assert run.returncode == 0
+    run = in_a_process(code, tmp_path, CXX=compiler)
+    assert run.returncode == 0, run.stderr
     assert "Error" not in run.stderr
+
+
+FORK = """
+import multiprocessing, threading
+import torch
+from torch import nn
+import optcpu
+
+def train():
+    torch.set_num_threads(1)
+    model(torch.randn(8, 41)).sum().backward()
+
+model = optcpu.optimize(nn.Sequential(nn.Linear(41, 43), nn.Tanh()), precision="fp32")
+for thread in threading.enumerate():
+    if thread.name == "optcpu-prepare-compiler":
+        thread.join()
+child = multiprocessing.get_context("fork").Process(target=train)
+child.start()
+child.join(90)
+print("trained" if child.exitcode == 0 else "did not train")
+child.kill()
+"""
+
+
+@pytest.mark.slow
+def test_a_child_that_is_forked_can_compile(tmp_path: Path) -> None:
+    assert in_a_process(FORK, tmp_path).stdout == "trained\n"
+
+
+def in_a_process(code: str, cache: Path, **environment: str) -> subprocess.CompletedProcess[str]:
+    settings = os.environ | {"TORCHINDUCTOR_CACHE_DIR": str(cache)} | environment
+    return subprocess.run(
+        [sys.executable, "-c", code], env=settings, capture_output=True, text=True, timeout=120
+    )
