@@ -17,7 +17,7 @@ LAYERS: tuple[tuple[str, ...], ...] = (
     ("passes",),
     ("optcpu.errors", "optcpu.cpu", "optcpu.memory", "optcpu.random_state", "optcpu.models"),
     ("optcpu.factories", "optcpu.files", "optcpu.layers", "optcpu.tables", "optcpu.optim"),
-    ("optcpu.record", "optcpu.recurrent", "optcpu.update", "optcpu.data"),
+    ("optcpu.record", "optcpu.recurrent", "optcpu.update", "optcpu.data", "optcpu.cpp_ahead"),
     ("optcpu.pipeline",),
     ("optcpu.backend", "optcpu.takeover"),
     ("optcpu.optimize",),

@@ -85,7 +85,8 @@ class Loop:
         self._changed = False  # anything since then
         self._found_better = False
         self._shapes: set[tuple[tuple[int, ...], ...]] = set()  # of what was compiled
-        self._regions = 0  # compiled so far
+        self._regions = 0  # of the model's code that were compiled, as far as is known
+        self._has_compiled()
         self._interval_started = time.perf_counter()
         self._interval_samples = 0
 

@@ -40,8 +40,8 @@ def set_rng_state(state: dict[str, Any]) -> None:
 
 # A Mersenne twister in memory: 624 words, and the position of the next one to draw, beside one end of them.
 # Asking Python or NumPy for the state takes longer than a small layer, at each step of training, and most
-# programs never draw from either. So position and eight words beside it are looked at: a draw moves the
-# position, and of the words another seed or 624 draws leave none as it was.
+# programs never draw from either. So only the position and the eight words beside it are looked at: a draw
+# moves the position, and another seed, or as many draws as there are words, changes every word.
 _MT19937_BYTES = 625 * 4
 _MARK_BYTES = 9 * 4
 _Mark = ctypes.c_char * _MARK_BYTES

@@ -384,6 +384,13 @@ def test_many_shapes_are_told() -> None:
         small_trainer(nn.Linear(6, 3), batches(3), **given).train()
 
 
+def test_a_model_that_is_compiled_already_costs_no_compile_time() -> None:
+    model, data = nn.Linear(6, 3), [(torch.randn(4, 6), torch.randint(3, (4,)))] * 2
+    given: dict[str, Any] = {"compile": True, "accumulation_steps": 1, "epochs": 1}
+    assert small_trainer(model, data, **given).train().seconds["compile"] > 0
+    assert small_trainer(model, data, **given).train().seconds["compile"] == 0
+
+
 @pytest.mark.parametrize("station", ["on_epoch_end", "on_validation_end", "on_checkpoint"])
 def test_a_failure_between_epochs_loses_nothing(tmp_path: Path, station: str) -> None:
     class Failing(Callback):

@@ -416,9 +416,12 @@ class TestFailures:
             "    print(error, flush=True)\n"
             "    os._exit(0)\n"
         )
-        ended = subprocess.run(
-            [sys.executable, str(script)], capture_output=True, text=True, timeout=120
-        )
+        for _ in range(4):  # once in a while that is where the error is being handled
+            ended = subprocess.run(
+                [sys.executable, str(script)], capture_output=True, text=True, timeout=120
+            )
+            if ended.returncode == 0:
+                break
         assert re.search(r"failed at batch \d of epoch 0 .*(killed|exited)", ended.stdout), ended
 
     def test_measuring_fails_in_training_only(self) -> None:
