@@ -166,11 +166,12 @@ def measure(runs: Mapping[str, Callable[[], Tensor]], preferred: str) -> str:
     shortest = {name: seconds for name, seconds in first.items() if seconds is not None}
     long = sum(shortest.values()) > _SECONDS_PER_PRODUCT
     least_rounds = _LEAST_ROUNDS_OF_LONG if long else _LEAST_ROUNDS
+    rounds_for_all = 1 if long else _LEAST_ROUNDS
     started = time.perf_counter()
     for turn in range(_MOST_ROUNDS):
         for name in shortest:
             hopeless = shortest[name] > _HOPELESS * min(shortest.values())
-            if not hopeless or turn < (1 if long else least_rounds):
+            if not hopeless or turn < rounds_for_all:
                 shortest[name] = min(shortest[name], _seconds(runs[name]) or math.inf)
         if turn + 1 >= least_rounds and time.perf_counter() - started > _SECONDS_PER_PRODUCT:
             break

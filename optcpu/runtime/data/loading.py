@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any, Literal
 
@@ -242,6 +243,9 @@ class Feed:
                 taken.append(batch)
         except Exception as error:
             place = f"batch {self.batches_done} of epoch {self.epoch} (counted from 0)"
+            # PyTorch raises the news of a dead worker wherever the main thread is: here, too.
+            with contextlib.suppress(RuntimeError):
+                self._go_to(before["epoch"], before["batches_done"])
             self._go_to(before["epoch"], before["batches_done"])
             self._to_resume = before
             raise OptcpuError(f"the training data failed at {place}: {_told(error)}") from error

@@ -219,12 +219,18 @@ def source_of(batches: Iterable[Any]) -> Source:
 
 
 def length_of(batches: Any) -> int | None:
-    """Number of batches in an epoch; None if unknown."""
+    """Number of batches in an epoch; None if unknown.
+
+    Raises:
+        TypeError: ``__len__`` gives no integer, which is a mistake and no refusal.
+    """
     # What has __len__ may still refuse: DataLoader raises the first where its IterableDataset has none,
     # and samplers and streams without an end by custom the second.
     try:
         return len(batches)
-    except (TypeError, NotImplementedError):
+    except (TypeError, NotImplementedError) as error:
+        if "as an integer" in str(error):
+            raise
         return None
 
 
