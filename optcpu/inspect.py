@@ -15,6 +15,7 @@ import passes as p
 from optcpu.inspection.build import modules_of, regions_of
 from optcpu.inspection.result import Inspection
 from optcpu.inspection.run import Observation, observe
+from optcpu.layout import layouts
 from optcpu.optimize import Settings, _check_model, compiled_call
 from optcpu.pipeline import Pipeline, default_passes, resolve_precision
 from optcpu.record import Fallback
@@ -111,6 +112,7 @@ def _inspection(
         fallbacks=tuple(observation.record.fallbacks),
         earlier_fallbacks=_earlier_fallbacks(model),
         notes=tuple(notes),
+        layouts=tuple(layouts(model)),
     )
 
 

@@ -16,6 +16,7 @@ from optcpu import cpp_ahead
 from optcpu.backend import Backend
 from optcpu.cpu import capabilities
 from optcpu.errors import OptcpuError, warn
+from optcpu.layout import Layout, checked_layout, keep_packed
 from optcpu.memory import keep_freed_memory
 from optcpu.optim.weights import restore_weights
 from optcpu.pipeline import Pipeline, Precision, default_passes, resolve_precision
@@ -37,6 +38,7 @@ class Settings:
     fallback: bool
     dynamic: bool | None
     activation_memory: float = 1.0
+    layout: Layout = "auto"
 
     def difference(self, present: Settings) -> str:
         """What differs, in words: ``"precision is 'bf16', not 'fp32'"``."""
@@ -64,6 +66,7 @@ def optimize(
     activation_memory: float = 1.0,
     weights: str = "auto",
     state_dtype: torch.dtype | None = None,
+    layout: str = "auto",
 ) -> Model: ...
 
 
@@ -80,6 +83,7 @@ def optimize(
     activation_memory: float = 1.0,
     weights: str = "auto",
     state_dtype: torch.dtype | None = None,
+    layout: str = "auto",
 ) -> tuple[Model, AnyOptimizer]: ...
 
 
@@ -95,6 +99,7 @@ def optimize(
     activation_memory: float = 1.0,
     weights: str = "auto",
     state_dtype: torch.dtype | None = None,
+    layout: str = "auto",
 ) -> Model | tuple[Model, AnyOptimizer]:
     """Compile ``model`` in place, so that calling it trains fast on this CPU.
 
@@ -127,15 +132,21 @@ def optimize(
             ``state_dict()``, gives FP32. Without an optimizer they stay FP32.
         state_dtype: of the optimizer's state, ``torch.bfloat16`` or ``torch.float32``; None is the
             former in BF16, else the latter.
+        layout: how weights that the optimizer stores as BF16 are laid out for products with them:
+            ``"native"`` keeps a copy in oneDNN's blocked format where that pays, which it does if a
+            weight is multiplied several times between two updates; ``"ipex"`` keeps it in the format
+            of Intel's extension; ``"none"`` keeps no copy. ``"auto"`` is ``"ipex"`` where the
+            extension fits this PyTorch and is measured to be faster, else ``"native"``.
 
     Returns:
         ``model`` itself, or ``(model, optimizer)`` if an optimizer was given.
 
     Raises:
         TypeError: ``model`` is no module, ``optimizer`` no optimizer, or an entry of ``passes`` no pass.
-        ValueError: a parameter is not on the CPU, not FP32, or not finite; ``precision``, ``weights``
-            or ``state_dtype`` is unknown; ``activation_memory`` does not lie between 0 and 1.
-        OptcpuError: the model was optimized before with other settings.
+        ValueError: a parameter is not on the CPU, not FP32, or not finite; ``precision``, ``weights``,
+            ``state_dtype`` or ``layout`` is unknown; ``activation_memory`` does not lie between 0 and 1.
+        OptcpuError: the model was optimized before with other settings, or ``layout`` is ``"ipex"``
+            and the extension cannot be used here.
     """
     _check_model(model)
     if optimizer is not None and not isinstance(optimizer, Optimizer):
@@ -146,7 +157,9 @@ def optimize(
     state_dtype = resolve_state_dtype(state_dtype, resolved)
     if not 0 <= activation_memory <= 1:
         raise ValueError(f"activation_memory must lie between 0 and 1, not {activation_memory!r}")
-    settings = Settings(resolved, pipeline, fallback, dynamic, float(activation_memory))
+    settings = Settings(
+        resolved, pipeline, fallback, dynamic, float(activation_memory), checked_layout(layout)
+    )
     present = compiled_call(model)
     if present is not None and present.settings != settings:
         raise OptcpuError(
@@ -163,11 +176,11 @@ def optimize(
         if keep_memory:
             keep_freed_memory()
         model._compiled_call_impl = CompiledCall(model, settings)
-    if optimizer is None:
-        return model
-    if take_over(model, optimizer, storage, state_dtype) and present is not None:
+    changed = optimizer is not None and take_over(model, optimizer, storage, state_dtype)
+    if changed and present is not None:
         present.compile_anew()
-    return model, optimizer
+    keep_packed(model, settings.layout)
+    return model if optimizer is None else (model, optimizer)
 
 
 def restore(model: Model) -> Model:

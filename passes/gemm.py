@@ -146,17 +146,30 @@ def choose(key: str, runs: Mapping[str, Callable[[], Tensor]], preferred: str) -
         runs: ways to do the work, by name; one that raises ``RuntimeError`` is never chosen.
         preferred: wins a tie.
     """
+    return remembered(key, lambda: measure(runs, preferred), lambda known: known in runs)
+
+
+def remembered(key: str, find: Callable[[], str], is_valid: Callable[[str], bool]) -> str:
+    """What is remembered under ``key`` and valid, or what ``find`` finds and is remembered then."""
     known = _known(key)
-    if known is not None and known in runs:
+    if known is not None and is_valid(known):
         return known
-    found = measure(runs, preferred)
+    found = find()
     _choices()[key] = found
     _save(_choices())
     return found
 
 
 def measure(runs: Mapping[str, Callable[[], Tensor]], preferred: str) -> str:
-    """The name of the fastest of ``runs``, found by running them in turn a few times.
+    """The name of the fastest of ``runs``, found by running them in turn a few times."""
+    shortest = times(runs)
+    if shortest.get(preferred, math.inf) <= _TIE * min(shortest.values()):
+        return preferred
+    return min(shortest, key=lambda name: shortest[name])
+
+
+def times(runs: Mapping[str, Callable[[], object]]) -> dict[str, float]:
+    """The shortest time of each of ``runs`` in seconds, but of those that cannot be done.
 
     What else the machine does meanwhile only adds time, and hits all alike when they take turns: so the
     shortest time of each counts. Long runs are few: building a kernel and touching new memory, which only
@@ -175,12 +188,10 @@ def measure(runs: Mapping[str, Callable[[], Tensor]], preferred: str) -> str:
                 shortest[name] = min(shortest[name], _seconds(runs[name]) or math.inf)
         if turn + 1 >= least_rounds and time.perf_counter() - started > _SECONDS_PER_PRODUCT:
             break
-    if shortest.get(preferred, math.inf) <= _TIE * min(shortest.values()):
-        return preferred
-    return min(shortest, key=lambda name: shortest[name])
+    return shortest
 
 
-def _seconds(run: Callable[[], Tensor]) -> float | None:
+def _seconds(run: Callable[[], object]) -> float | None:
     """What a run takes; None where the work cannot be done this way."""
     begin = time.perf_counter()
     try:

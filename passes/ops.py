@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 from torch._prims_common import make_channels_last_strides_for, suggest_memory_format
 
-from passes import native
+from passes import native, packed
 from passes.gemm import (
     NO_POST_OP,
     PostOp,
@@ -108,7 +108,8 @@ _LIBRARY.define(
 
 def _mm(a: Tensor, b: Tensor) -> Tensor:
     """``a @ b`` by the fastest kernel; shapes (M, K) and (K, N)."""
-    return matmul(a, b)
+    by_kept = packed.product(a, b.t())
+    return matmul(a, b) if by_kept is None else by_kept
 
 
 def _linear(x: Tensor, weight: Tensor, bias: Tensor | None, activation: str) -> Tensor:
@@ -123,11 +124,13 @@ def _linear(x: Tensor, weight: Tensor, bias: Tensor | None, activation: str) -> 
     Returns:
         Shape (M, N), dtype of ``x``.
     """
+    by_kept = packed.product(x, weight, bias, activation)
+    if by_kept is not None:
+        return by_kept
     laid_out = _weight_for_onednn(x, weight)
     if laid_out is None:
         return _unfused_linear(x, weight, bias, activation)
-    post_op = NO_POST_OP if activation == "none" else ACTIVATIONS[activation].post_op
-    result: Tensor = torch.ops.mkldnn._linear_pointwise(x, laid_out, bias, *post_op)
+    result: Tensor = torch.ops.mkldnn._linear_pointwise(x, laid_out, bias, *post_op(activation))
     return result
 
 
@@ -142,10 +145,18 @@ def _weight_for_onednn(x: Tensor, weight: Tensor) -> Tensor | None:
 def _unfused_linear(x: Tensor, weight: Tensor, bias: Tensor | None, activation: str) -> Tensor:
     columns = weight.t()
     result = torch.mm(x, columns) if bias is None else torch.addmm(bias.to(x.dtype), x, columns)
-    return result if activation == "none" else _activate(result, activation)
+    return activate(result, activation)
 
 
-def _activate(tensor: Tensor, activation: str) -> Tensor:
+def post_op(activation: str) -> PostOp:
+    """How oneDNN calls ``activation``, a key of :data:`ACTIVATIONS` or ``"none"``."""
+    return NO_POST_OP if activation == "none" else ACTIVATIONS[activation].post_op
+
+
+def activate(tensor: Tensor, activation: str) -> Tensor:
+    """``activation``, a key of :data:`ACTIVATIONS` or ``"none"``, of ``tensor`` by ATen."""
+    if activation == "none":
+        return tensor
     rule = ACTIVATIONS[activation]
     result: Tensor = rule.forward(tensor, **dict(rule.arguments))  # type: ignore[operator]
     return result
@@ -156,11 +167,14 @@ def _linear_saving_input(
 ) -> tuple[Tensor, Tensor]:
     """The activation of a linear layer together with what went into the activation."""
     before = _linear(x, weight, bias, "none")
-    return _activate(before, activation), before
+    return activate(before, activation), before
 
 
 def _linear_add(x: Tensor, weight: Tensor, bias: Tensor | None, residual: Tensor) -> Tensor:
     """``x @ weight.T + bias + residual``; residual has the result's shape (M, N) and dtype."""
+    by_kept = packed.product(x, weight, bias, residual=residual)
+    if by_kept is not None:
+        return by_kept
     laid_out = _weight_for_onednn(x, weight)
     if laid_out is None:
         return _unfused_linear(x, weight, bias, "none").add_(residual)
@@ -194,7 +208,7 @@ def _linear_backward(
     """
     if saved is not None:
         gradient = _activation_backward(gradient, saved, activation)
-    x_gradient = gradient.new_empty(0) if weight is None else matmul(gradient, weight)
+    x_gradient = gradient.new_empty(0) if weight is None else _mm(gradient, weight)
     bias_gradient = gradient.sum(0) if needs_bias else gradient.new_empty(0)
     return x_gradient, _weight_gradient(gradient, x, weight_dtype), bias_gradient
 

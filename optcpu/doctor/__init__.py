@@ -19,6 +19,7 @@ from optcpu.doctor.hardware import (
 )
 from optcpu.doctor.libraries import (
     check_ipex,
+    check_layouts,
     check_optional_libraries,
     check_torch,
     check_zentorch,
@@ -37,6 +38,7 @@ CHECKS: tuple[Callable[[], Finding], ...] = (
     check_openmp,
     check_torch,
     check_ipex,
+    check_layouts,
     check_zentorch,
     check_compile_cache,
     check_optional_libraries,

@@ -8,6 +8,7 @@ import subprocess
 import sys
 
 from optcpu.doctor.finding import Finding
+from optcpu.layout import ipex, native
 
 TESTED_TORCH = ("2.8", "2.13")
 _TIMEOUT_SECONDS = 180
@@ -46,6 +47,15 @@ def check_ipex() -> Finding:
         absent="not installed; optional (archived, needs torch 2.8)",
         remedy="pip install torch==2.8.0 intel-extension-for-pytorch==2.8.0, or uninstall it",
     )
+
+
+def check_layouts() -> Finding:
+    """Which layouts of weights are possible here, and what do the others need?"""
+    problems = {"native": native.why_impossible(), "ipex": ipex.why_impossible()}
+    possible = [name for name, problem in problems.items() if problem is None]
+    missing = "; ".join(f"not {name}: {problem}" for name, problem in problems.items() if problem)
+    detail = f"possible: {', '.join([*possible, 'none'])}" + (f"; {missing}" if missing else "")
+    return Finding("weight layouts", "ok" if "native" in possible else "note", detail)
 
 
 def check_zentorch() -> Finding:

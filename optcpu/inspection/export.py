@@ -57,6 +57,7 @@ def to_dict(inspection: Inspection) -> dict[str, Any]:
         "fallbacks": [asdict(entry) for entry in inspection.fallbacks],
         "earlier_fallbacks": [asdict(entry) for entry in inspection.earlier_fallbacks],
         "notes": list(inspection.notes),
+        "layouts": [asdict(entry) for entry in inspection.layouts],
         "regions": regions,
         "nodes": [_node(node) for node in nodes.listed],
     }

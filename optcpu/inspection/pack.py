@@ -264,6 +264,10 @@ def _summary(inspection: Inspection, known: list[str]) -> dict[str, Any]:
             for f in inspection.fused()
         ],
         "wide": [[s.reason, s.operators.most_common()] for s in inspection.stays_wide()],
+        "layouts": [
+            [f"{layout}: {reason}", names]
+            for (layout, reason), names in inspection.laid_out().items()
+        ],
         "breaks": [
             {
                 "reason": found.reason,

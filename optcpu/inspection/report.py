@@ -124,6 +124,8 @@ def _facts(inspection: Inspection) -> RenderableType:
         table.add_row(f"{kind} fused", ", ".join(names))
     for stays in inspection.stays_wide():
         table.add_row("stays FP32", f"{stays.reason}: {_listed(stays.operators)}")
+    for (layout, reason), names in inspection.laid_out().items():
+        table.add_row("weight layout", f"{layout} {_count(len(names), 'weight')}: {reason}")
     if not inspection.breaks:
         table.add_row("graph breaks", "none")
     if not inspection.fallbacks and not inspection.earlier_fallbacks:

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 
 from optcpu.inspection import code, difference, export, page, report, summary
 from optcpu.inspection.model import GraphBreak, GraphReport, Region, Stage
+from optcpu.layout import WeightLayout
 from optcpu.record import Fallback
 
 if TYPE_CHECKING:
@@ -31,6 +32,7 @@ class Inspection:
         fallbacks: what ran eagerly or without a rewrite in this inspection.
         earlier_fallbacks: the same of the optimized model before.
         notes: what a reader must know, in sentences.
+        layouts: how each weight of two dimensions or more is laid out, and why.
     """
 
     model: str
@@ -44,6 +46,7 @@ class Inspection:
     fallbacks: tuple[Fallback, ...] = ()
     earlier_fallbacks: tuple[Fallback, ...] = ()
     notes: tuple[str, ...] = field(default=())
+    layouts: tuple[WeightLayout, ...] = ()
 
     @property
     def graphs(self) -> list[GraphReport]:
@@ -69,6 +72,13 @@ class Inspection:
     def stays_wide(self) -> list[summary.StaysWide]:
         """What computes in FP32 in the final graphs, and why."""
         return summary.stays_wide(self.graphs, self.precision, self.passes)
+
+    def laid_out(self) -> dict[tuple[str, str], list[str]]:
+        """The names of the weights by layout and reason."""
+        names: dict[tuple[str, str], list[str]] = {}
+        for weight in self.layouts:
+            names.setdefault((weight.layout, weight.reason), []).append(weight.name)
+        return names
 
     def stages(self, region: int = 0) -> list[str]:
         """Names of a region's stages, in the order they came about."""

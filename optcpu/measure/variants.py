@@ -51,6 +51,8 @@ class Variant:
         tuned: whether freed memory is kept in the process.
         package: what must be importable.
         avx512: whether the package does nothing on a processor without AVX-512.
+        layout: of the weights that optcpu stores (``optcpu.optimize``); given together with the optimizer.
+        packs: whether it is told apart by packed BF16 weights alone.
         environment: variables that its process starts with, where the caller has not set them.
         note: what a reader of its figures must know.
     """
@@ -62,6 +64,8 @@ class Variant:
     tuned: bool = False
     package: str | None = None
     avx512: bool = False
+    layout: str = "auto"
+    packs: bool = False
     environment: tuple[tuple[str, str], ...] = ()
     note: str | None = None
 
@@ -102,6 +106,9 @@ VARIANTS: Mapping[str, Variant] = {
         ),
         Variant("optcpu", "optcpu"),
         Variant("optcpu+optimizer", "optcpu"),
+        # Where both layouts are possible; "optcpu+optimizer" takes the one that it measures to be faster.
+        Variant("optcpu+native", "optcpu", package=_IPEX, packs=True, layout="native"),
+        Variant("optcpu+ipex", "optcpu", package=_IPEX, packs=True, layout="ipex"),
     )
 }
 
@@ -192,6 +199,9 @@ def _problems(variants: Sequence[Variant]) -> dict[str, str]:
         if variant.avx512 and not capabilities().isa.startswith(("avx512", "amx")):
             problems[variant.name] = f"without AVX-512 {package} is plain torch.compile"
             continue
+        if variant.packs and (reason := _why_not_packed()) is not None:
+            problems[variant.name] = f"no weights are packed here: {reason}"
+            continue
         if package not in imports:
             imports[package] = import_problem(package)
         problem = imports[package]
@@ -201,6 +211,14 @@ def _problems(variants: Sequence[Variant]) -> dict[str, str]:
                 f"torch {torch.__version__} is needed"
             )
     return problems
+
+
+def _why_not_packed() -> str | None:
+    from optcpu.layout import (
+        native,  # with the passes, which a stock variant's process must not load
+    )
+
+    return native.why_impossible()
 
 
 def import_problem(package: str) -> str | None:
@@ -246,6 +264,8 @@ def prepare(
 
     ``precision``, of ``"auto"``, ``"bf16"`` and ``"fp32"``, is that of optcpu and of the peers.
     """
+    if variant.kind == "optcpu":
+        return _prepare_optcpu(variant, model, make_optimizer, precision)
     if variant.package == _IPEX:
         return _prepare_ipex(variant, model, make_optimizer, _in_bf16(precision))
     if variant.name == "zentorch":
@@ -256,8 +276,6 @@ def prepare(
             optimizer=make_optimizer(model.parameters()),
             autocast=_bf16_autocast if _in_bf16(precision) else nullcontext,
         )
-    if variant.kind == "optcpu":
-        return _prepare_optcpu(variant, model, make_optimizer, precision)
     return Prepared(
         module=model,
         call=torch.compile(model) if variant.compiled else model,
@@ -281,10 +299,10 @@ def _prepare_optcpu(
     from optcpu.optimize import optimize
 
     optimizer = make_optimizer(model.parameters())
-    if variant.name == "optcpu+optimizer":
-        model, optimizer = optimize(model, optimizer, precision=precision)
-    else:
+    if variant.name == "optcpu":
         model = optimize(model, precision=precision)
+    else:
+        model, optimizer = optimize(model, optimizer, precision=precision, layout=variant.layout)
     return Prepared(model, model, optimizer, nullcontext)
 
 

@@ -20,6 +20,7 @@ from torch.utils._pytree import tree_any, tree_map_only
 
 from optcpu.errors import OptcpuError
 from optcpu.optim.formats import Format, Stored, split
+from passes import packed
 from passes.halves import joined
 
 aten = torch.ops.aten
@@ -125,6 +126,8 @@ class StoredWeight(Tensor):
             self.high.copy_(numbers)
         else:
             self.stored().write(numbers)
+        # Operators on lists of tensors leave that out.
+        torch.autograd.graph.increment_version(self)
 
     @property
     def data(self) -> Tensor:  # type: ignore[override]
@@ -173,6 +176,7 @@ class StoredWeight(Tensor):
 
     def share_memory_(self) -> StoredWeight:
         """Move the halves to shared memory; see :meth:`torch.Tensor.share_memory_`."""
+        packed.forget(self.high)  # what other processes write is not seen here
         self.each_half(Tensor.share_memory_)
         return self
 

@@ -20,6 +20,7 @@ from torch.optim.lr_scheduler import (
 
 from optcpu.cpu import capabilities
 from optcpu.errors import OptcpuError
+from optcpu.layout import expect_products
 from optcpu.optim import SGD, Adam, AdamW, Lamb, Lookahead
 from optcpu.optim.base import StoredOptimizer
 from optcpu.optimize import Settings, compiled_call, optimize
@@ -136,7 +137,9 @@ def compile_model(
             activation_memory=options.activation_memory,
             weights=options.weights,
             state_dtype=state_dtype,
+            layout=options.layout,
         )
+    expect_products(model, options.accumulation_steps)
 
 
 def _check_compiled(
@@ -147,6 +150,7 @@ def _check_compiled(
         "precision": resolve_precision(options.precision),
         "dynamic": options.dynamic,
         "activation_memory": options.activation_memory,
+        "layout": options.layout,
     }
     there: dict[str, Any] = {"compile": True}
     there |= {name: getattr(present, name) for name in wanted if name not in there}

@@ -194,6 +194,7 @@ class TrainerOptions(Options):
         max_grad_norm: clip the gradient to this norm; None leaves it.
         precision: ``"auto"``, ``"bf16"`` or ``"fp32"``, as in :func:`optcpu.optimize`.
         weights: how weights are stored, as in :func:`optcpu.optimize`.
+        layout: how stored weights are laid out for products, as in :func:`optcpu.optimize`.
         compile: whether the model is compiled; without it, it runs eagerly.
         dynamic: compile one graph for all shapes rather than one for each.
         activation_memory: how much of the activations' memory may be used, as in :func:`optcpu.optimize`.
@@ -229,6 +230,7 @@ class TrainerOptions(Options):
     max_grad_norm: float | None = Field(None, gt=0, allow_inf_nan=False)
     precision: Literal["auto", "bf16", "fp32"] = "auto"
     weights: Literal["auto", "fp32", "split", "bf16"] = "auto"
+    layout: Literal["auto", "native", "ipex", "none"] = "auto"
     compile: bool = True
     dynamic: bool = False
     activation_memory: float = Field(1.0, ge=0, le=1)

@@ -21,6 +21,9 @@ function summaryOf() {
       ? section("Fused operators", [countTable(summary.fused)], "fused")
       : null,
     summary.wide.length > 0 ? section("Stays in FP32", summary.wide.map(wideOf), "wide") : null,
+    summary.layouts.length > 0
+      ? section("Weight layouts", summary.layouts.map(layoutOf), "layouts")
+      : null,
   ];
   sections.push(el("div", { class: "columns" }, ...small));
   return el("article", { class: "summary" }, ...sections);
@@ -88,6 +91,11 @@ function countTable(rows) {
 
 function wideOf([reason, operators]) {
   const chips = operators.map(([name, number]) => span("chip", `${number} ${name}`));
+  return el("div", {}, el("p", {}, reason), el("p", { class: "chips" }, ...chips));
+}
+
+function layoutOf([reason, names]) {
+  const chips = names.map((name) => span("chip", name));
   return el("div", {}, el("p", {}, reason), el("p", { class: "chips" }, ...chips));
 }
 
