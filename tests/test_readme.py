@@ -98,7 +98,7 @@ def test_commands_are_understood(line: str, monkeypatch: pytest.MonkeyPatch) -> 
 
 def test_install_commands_name_what_is_there() -> None:
     installs = [line for line in _shell_lines() if line.startswith("pip install")]
-    assert [line.partition(" && ")[2] for line in installs] == ["optcpu compare", "pytest"]
+    assert [line.partition(" && ")[2] for line in installs] == ["optcpu compare", "pytest", ""]
     project = (ROOT / "pyproject.toml").read_text()
     for line in installs:
         extras = re.search(r'"\.\[(.*?)\]"', line)
@@ -115,5 +115,15 @@ def test_constraints_pin_every_library_that_the_extras_name() -> None:
     declared = project.partition("dependencies = [")[2].partition("[project.scripts]")[0]
     ipex = re.compile(r"^ipex = .*$", flags=re.MULTILINE)  # that one needs another torch
     names = set(re.findall(r'"([\w-]+)[><=~]=', ipex.sub("", declared)))
-    pinned = re.findall(r"^([\w-]+)==", (ROOT / "constraints.txt").read_text(), flags=re.MULTILINE)
-    assert names <= set(pinned)
+    assert names <= set(_pinned("constraints.txt"))
+
+
+def test_both_constraints_differ_in_what_ipex_needs_alone() -> None:
+    usual, beside_ipex = _pinned("constraints.txt"), _pinned("constraints-ipex.txt")
+    differing = dict(beside_ipex.items() - usual.items())
+    assert differing == {"torch": "2.8.0", "intel-extension-for-pytorch": "2.8.0"}
+    assert usual.keys() <= beside_ipex.keys()
+
+
+def _pinned(name: str) -> dict[str, str]:
+    return dict(re.findall(r"^([\w-]+)==(\S+)", (ROOT / name).read_text(), flags=re.MULTILINE))

@@ -42,5 +42,5 @@ def why_impossible() -> str | None:
     if not onednn_available():
         return "this build of PyTorch has no oneDNN"
     if not torch.ops.mkldnn._is_mkldnn_bf16_supported():
-        return "oneDNN packs BF16 weights on processors with AVX512_BF16 or AMX (or AVX-512) alone"
+        return "oneDNN packs BF16 weights on processors with AVX-512 or AVX_NE_CONVERT alone"
     return None

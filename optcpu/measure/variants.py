@@ -168,6 +168,7 @@ def default_other_variants() -> tuple[list[Variant], list[str]]:
         for variant in VARIANTS.values()
         if variant.kind != "stock"
         and (variant.package is None or importlib.util.find_spec(variant.package) is not None)
+        and not (variant.packs and _why_not_packed())  # the same as "optcpu+optimizer" then
     ]
     problems = _problems(others)
     left_out: dict[str, list[str]] = {}

@@ -73,3 +73,25 @@ def test_missing_libraries_are_named(monkeypatch: pytest.MonkeyPatch) -> None:
     finding = libraries.check_optional_libraries()
     assert finding.status == "note"
     assert finding.remedy == "pip install scikit-learn"
+
+
+@pytest.mark.parametrize(
+    ("native_problem", "ipex_problem", "status", "detail"),
+    [
+        (None, None, "ok", "possible: native, ipex, none"),
+        (None, "too old", "ok", "possible: native, none; not ipex: too old"),
+        ("no BF16", None, "note", "possible: ipex, none; not native: no BF16"),
+        ("no BF16", "too old", "note", "possible: none; not native: no BF16; not ipex: too old"),
+    ],
+)
+def test_layouts_and_what_they_lack(
+    monkeypatch: pytest.MonkeyPatch,
+    native_problem: str | None,
+    ipex_problem: str | None,
+    status: str,
+    detail: str,
+) -> None:
+    monkeypatch.setattr(libraries.native, "why_impossible", lambda: native_problem)
+    monkeypatch.setattr(libraries.ipex, "why_impossible", lambda: ipex_problem)
+    finding = libraries.check_layouts()
+    assert (finding.name, finding.status, finding.detail) == ("weight layouts", status, detail)

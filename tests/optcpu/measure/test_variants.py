@@ -147,10 +147,21 @@ def test_by_default_the_peers_that_fit_are_measured_and_the_others_are_told(
     on_a_processor_with("avx512", monkeypatch)
     tried: list[str] = []
     monkeypatch.setattr(variants, "import_problem", tried.append)
+    monkeypatch.setattr(variants, "_why_not_packed", lambda: "no BF16")
     chosen, left_out = default_other_variants()
     assert (names(chosen), left_out) == (["ipex", "ipex-compiled", "zentorch", *own], [])
+    with pytest.raises(
+        ValueError, match=r"'optcpu\+ipex' cannot run here: no weights are packed here: no BF16"
+    ):
+        named_variants(["optcpu+ipex"])
+    tried.clear()
+    monkeypatch.setattr(variants, "_why_not_packed", lambda: None)
+    chosen, left_out = default_other_variants()
+    layouts = ["optcpu+native", "optcpu+ipex"]
+    assert (names(chosen), left_out) == (["ipex", "ipex-compiled", "zentorch", *own, *layouts], [])
     assert tried == ["intel_extension_for_pytorch", "zentorch"]
 
+    monkeypatch.setattr(variants, "_why_not_packed", lambda: "no BF16")
     monkeypatch.setattr(variants, "import_problem", lambda package: "ImportError: no")
     on_a_processor_with("avx2", monkeypatch)
     chosen, left_out = default_other_variants()
