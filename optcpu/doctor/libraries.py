@@ -51,11 +51,12 @@ def check_ipex() -> Finding:
 
 def check_layouts() -> Finding:
     """Which layouts of weights are possible here, and what do the others need?"""
-    problems = {"native": native.why_impossible(), "ipex": ipex.why_impossible()}
-    possible = [name for name, problem in problems.items() if problem is None]
-    missing = "; ".join(f"not {name}: {problem}" for name, problem in problems.items() if problem)
-    detail = f"possible: {', '.join([*possible, 'none'])}" + (f"; {missing}" if missing else "")
-    return Finding("weight layouts", "ok" if "native" in possible else "note", detail)
+    missing, problem = native.why_impossible(), ipex.why_impossible()
+    if missing is not None:
+        return Finding("weight layouts", "note", f"possible: none; not native, nor ipex: {missing}")
+    if problem is not None:
+        return Finding("weight layouts", "ok", f"possible: native, none; not ipex: {problem}")
+    return Finding("weight layouts", "ok", "possible: native, ipex, none")
 
 
 def check_zentorch() -> Finding:

@@ -110,6 +110,11 @@ def _layout_of(parameter: nn.Parameter) -> tuple[str, str]:
 def _packing(layout: Layout, weights: list[StoredWeight]) -> packed.Packing | None:
     if layout == "none" or not weights:
         return None
+    problem = native.why_impossible()
+    if problem is not None:
+        if layout != "auto":
+            warn(f"layout={layout!r} packs no weights: {problem}. They are multiplied as they are")
+        return None
     if layout == "ipex":
         return ipex.IpexPacking()
     if layout == "auto" and choice.ipex_wins([tuple(weight.shape) for weight in weights]):
@@ -117,8 +122,6 @@ def _packing(layout: Layout, weights: list[StoredWeight]) -> packed.Packing | No
             return ipex.IpexPacking()
         except OptcpuError as error:
             warn(f"{error}. The native layout is used")
-    if native.why_impossible() is not None:
-        return None
     return native.NativePacking()
 
 

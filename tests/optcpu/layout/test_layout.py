@@ -247,6 +247,18 @@ def test_a_layout_without_weights_to_pack_is_told() -> None:
         optcpu.optimize(make_model(), precision="fp32", layout="native")
 
 
+@pytest.mark.parametrize("layout", ["native", "ipex"])
+def test_a_processor_that_cannot_pack_is_told(monkeypatch: pytest.MonkeyPatch, layout: str) -> None:
+    monkeypatch.setattr(native, "why_impossible", lambda: "no AVX-512")
+    monkeypatch.setattr(layouts_module.ipex, "load", lambda: None)
+    with pytest.warns(UserWarning, match=f"layout='{layout}' packs no weights: no AVX-512"):
+        model, optimizer = optimized(layout)
+    train(model, optimizer, 1)
+    assert {(entry.layout, entry.reason) for entry in layouts_module.layouts(model)} == {
+        ("plain", "no AVX-512")
+    }
+
+
 def test_auto_takes_what_was_measured_to_be_faster(
     copies: list[Copies], monkeypatch: pytest.MonkeyPatch
 ) -> None:
