@@ -25,6 +25,7 @@ Place: TypeAlias = tuple[int, tuple[int, ...], tuple[int, ...], int]
 Version: TypeAlias = tuple[int, int]
 
 _NEVER = 0
+_MOST_COPIES = 4  # of a weight: two directions, with as many rows as training and validation have
 
 
 class Packing(Protocol):
@@ -83,7 +84,7 @@ class _Kept:
     def packed_for(self, x: Tensor, weight: Tensor, version: Version) -> Any:
         """The packed copy to multiply ``x`` by; None where plain ``weight`` is the better choice."""
         if version != self.version:
-            self.version, self.uses_before, self.uses = version, self.uses, {}
+            self._begin(version)
         offset = int(weight.storage_offset())
         place = (offset, tuple(weight.shape), weight.stride(), x.shape[0])
         self.uses[place] = self.uses.get(place, 0) + 1
@@ -91,12 +92,20 @@ class _Kept:
         if of_version == version:
             return copy
         threshold = self.thresholds[place] = self.pays_from(x, weight)
-        if not _NEVER < threshold <= self._expected(place):
+        too_many = copy is None and len(self.packed) >= _MOST_COPIES
+        if too_many or not _NEVER < threshold <= self._expected(place):
             self.packed.pop(place, None)
             return None
         copy = self.packing.pack(weight, x.shape[0], copy)
         self.packed[place] = version, copy
         return copy
+
+    def _begin(self, version: Version) -> None:
+        """The weight has changed; places that are multiplied no more are forgotten."""
+        self.version, self.uses_before, self.uses = version, self.uses, {}
+        for by_place in (self.packed, self.thresholds):
+            for place in by_place.keys() - self.uses_before.keys():
+                del by_place[place]
 
     def _expected(self, place: Place) -> int:
         """How many products there will be between two changes, or there were already."""

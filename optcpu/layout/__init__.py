@@ -127,5 +127,6 @@ def _packing(layout: Layout, weights: list[StoredWeight]) -> packed.Packing | No
 
 def _packable(model: nn.Module) -> Iterator[tuple[str, StoredWeight]]:
     for name, parameter in model.named_parameters():
-        if isinstance(parameter, StoredWeight) and parameter.dim() == 2:
+        shared = parameter.is_shared()  # what other processes write would be seen by nobody
+        if isinstance(parameter, StoredWeight) and parameter.dim() == 2 and not shared:
             yield name, parameter

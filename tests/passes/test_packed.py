@@ -83,6 +83,22 @@ def test_one_product_a_change_is_never_packed(pays_from: Any) -> None:
     assert packing.packings == 0
 
 
+def test_the_number_of_copies_is_bounded(pays_from: Any) -> None:
+    pays_from(1)
+    weight, packing = torch.randn(6, 5), Copies()
+    packed.keep(weight, packing)
+    entry = packed.kept(weight)
+    assert entry is not None
+    for rows in range(1, 20):  # sequences of all lengths, and a weight that does not change
+        ops.linear_op(torch.randn(rows, 5), weight, None, "none")
+    assert len(entry.packed) == packed._MOST_COPIES
+    for _ in range(2):
+        weight.add_(1)
+        packed.product(torch.randn(30, 5), weight)
+    assert [rows for *_, rows in entry.packed] == [30], "the others are multiplied no more"
+    assert list(entry.thresholds) == list(entry.packed)
+
+
 def test_forward_and_backward_have_their_own_copies(pays_from: Any) -> None:
     pays_from(1)
     weight, packing = torch.randn(6, 5), Copies()
