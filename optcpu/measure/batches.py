@@ -83,6 +83,8 @@ def tensors_in(value: Any) -> list[Tensor]:
     if isinstance(value, Tensor):
         return [value]
     if isinstance(value, (tuple, list)):
+        if all(isinstance(one, Tensor) for one in value):  # the usual batch
+            return list(value)
         nested = ([one] if isinstance(one, Tensor) else tensors_in(one) for one in value)
         return [tensor for tensors in nested for tensor in tensors]
     if isinstance(value, Mapping):
@@ -194,7 +196,9 @@ def _target(batch: Batch) -> Tensor | None:
 
 def _cross_entropy(logits: Tensor, target: Tensor) -> Tensor:
     try:
-        return F.cross_entropy(logits.float(), target.long())
+        if logits.dtype != torch.float32:
+            logits = logits.float()
+        return F.cross_entropy(logits, target if target.dtype == torch.int64 else target.long())
     except IndexError:  # only then is it worth the time to look at every target
         _check_classes(target, logits.shape[min(1, logits.dim() - 1)])
         raise

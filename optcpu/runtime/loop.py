@@ -125,7 +125,7 @@ class Loop:
         run = self._run
         self._before = before = run.data_state()
         run.buffers.keep()
-        raw = run.feed.take(self._options.accumulation_steps)
+        raw = run.feed.take(self._options.accumulation_steps, before["feed"])
         (ready,) = run.world.sum_numbers(float(bool(raw)))
         if ready < run.world.size:  # where one has no data left, the epoch is over for all
             self._before = None

@@ -14,6 +14,7 @@ from torch.optim.lr_scheduler import LRScheduler
 from optcpu.errors import OptcpuError, warn
 from optcpu.measure.batches import Loss
 from optcpu.optim.lookahead import Lookahead
+from optcpu.runtime.buffers import BufferKeeper
 from optcpu.runtime.callbacks import Callback
 from optcpu.runtime.checkpoint.rng import rng_state, set_rng_state
 from optcpu.runtime.clock import Clock
@@ -21,7 +22,6 @@ from optcpu.runtime.data.loading import Feed
 from optcpu.runtime.freezing.freezer import DynamicFreezer
 from optcpu.runtime.schedule import Schedule
 from optcpu.runtime.step import (
-    BufferKeeper,
     MicroBatches,
     gradients_by_name,
     restore_gradients,

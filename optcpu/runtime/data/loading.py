@@ -228,14 +228,18 @@ class Feed:
             raise TypeError("the number of batches in an epoch of these data is not known")
         return self.length
 
-    def take(self, count: int = 1) -> list[Any]:
+    def take(self, count: int = 1, before: dict[str, Any] | None = None) -> list[Any]:
         """The next ``count`` batches, fewer at the end of the epoch, and none behind it.
+
+        Args:
+            count: of batches.
+            before: what :meth:`state_dict` gives now, if the caller has it already.
 
         Raises:
             OptcpuError: fetching one raised an error, which is its cause, or there are no data. Nothing is
                 taken then, and the next call tries again.
         """
-        before = self.state_dict()
+        before = self.state_dict() if before is None else before
         taken: list[Any] = []
         try:
             self._open()
