@@ -102,11 +102,12 @@ def compare(
         variants: names, of: ``eager-fp32``, ``eager-bf16`` (autocast), ``compiled-fp32``,
             ``compiled-bf16`` (stock ``torch.compile``); each of them with ``-tuned`` (freed memory
             stays in the process); ``optcpu`` (``optcpu.optimize(model)``, the optimizer as given),
-            ``optcpu+optimizer`` (``optcpu.optimize(model, optimizer)``); ``ipex`` (as its
+            ``optcpu+optimizer`` (``optcpu.optimize(model, optimizer)``), ``optcpu+native`` and
+            ``optcpu+ipex`` (the same with that ``layout``, where both can be had); ``ipex`` (as its
             documentation trains), ``ipex-compiled`` (with its backend for ``torch.compile``),
             ``zentorch``; these three with ``-tuned`` memory.
             ``eager-fp32`` always runs, as the reference. Default: the four stock ones, the tuned
-            counterpart of the fastest of them (and of any that is close to it), both of optcpu, and
+            counterpart of the fastest of them (and of any that is close to it), those of optcpu, and
             those of IPEX and zentorch where they are installed and fit. On processors without
             AVX512_BF16 and AMX the stock BF16 variants are left out of the default.
         rounds: turns that each variant gets; below 5 the medians are rough, and it is said so.
