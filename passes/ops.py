@@ -178,7 +178,18 @@ def _linear_add(x: Tensor, weight: Tensor, bias: Tensor | None, residual: Tensor
     laid_out = _weight_for_onednn(x, weight)
     if laid_out is None:
         return _unfused_linear(x, weight, bias, "none").add_(residual)
-    result: Tensor = torch.ops.mkldnn._linear_pointwise.binary(x, residual, laid_out, bias, "add")
+    return linear_add_by_onednn(x, laid_out, bias, residual)
+
+
+def linear_add_by_onednn(
+    x: Tensor, weight: Tensor, bias: Tensor | None, residual: Tensor
+) -> Tensor:
+    """:func:`_linear_add` by oneDNN; ``weight`` may be packed.
+
+    Unlike the operators without a residual, this one takes no FP32 bias for a BF16 product.
+    """
+    narrow = None if bias is None else bias.to(x.dtype)
+    result: Tensor = torch.ops.mkldnn._linear_pointwise.binary(x, residual, weight, narrow, "add")
     return result
 
 

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from passes.gemm import onednn_available
-from passes.ops import post_op
+from passes.ops import linear_add_by_onednn, post_op
 
 
 class NativePacking:
@@ -29,11 +29,9 @@ class NativePacking:
         self, x: Tensor, packed: Any, bias: Tensor | None, activation: str, residual: Tensor | None
     ) -> Tensor:
         """See :meth:`passes.packed.Packing.linear`."""
-        result: Tensor
-        if residual is None:
-            result = torch.ops.mkldnn._linear_pointwise(x, packed, bias, *post_op(activation))
-        else:
-            result = torch.ops.mkldnn._linear_pointwise.binary(x, residual, packed, bias, "add")
+        if residual is not None:
+            return linear_add_by_onednn(x, packed, bias, residual)
+        result: Tensor = torch.ops.mkldnn._linear_pointwise(x, packed, bias, *post_op(activation))
         return result
 
 

@@ -85,13 +85,28 @@ def test_linear_add(dtype: torch.dtype) -> None:
     assert torch.equal(residual, untouched)
 
 
-@pytest.mark.parametrize("kernel", kernels(torch.float32))
-def test_every_kernel_serves_every_linear(kernel: str, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize(
+    ("dtype", "kernel"), [(dtype, kernel) for dtype in DTYPES for kernel in kernels(dtype)]
+)
+@pytest.mark.parametrize("bias_dtype", [None, "same", "fp32"])
+def test_every_kernel_serves_every_linear(
+    dtype: torch.dtype, kernel: str, bias_dtype: str | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr(ops, "fastest", lambda a, b, preferred: kernel)
-    x, weight, bias, residual = (torch.randn(s) for s in ((32, 24), (16, 24), (16,), (32, 16)))
-    expected = reference(x, weight, bias, "none").float()
-    torch.testing.assert_close(ops.linear_op(x, weight, bias, "relu"), expected.relu())
-    torch.testing.assert_close(ops.linear_add(x, weight, bias, residual), expected + residual)
+    x, weight, residual = (torch.randn(s).to(dtype) for s in ((32, 24), (16, 24), (32, 16)))
+    bias = None if bias_dtype is None else torch.randn(16)
+    if bias is not None and bias_dtype == "same":
+        bias = bias.to(dtype)
+    expected = reference(x, weight, bias, "none")
+    activated, before = ops.linear_saving_input(x, weight, bias, "relu")
+    for result, wanted in (
+        (ops.linear_op(x, weight, bias, "relu"), expected.relu()),
+        (activated, expected.relu()),
+        (before, expected),
+        (ops.linear_add(x, weight, bias, residual), expected + residual.double()),
+    ):
+        assert result.dtype == dtype
+        torch.testing.assert_close(result.double(), wanted, **tolerance(dtype))
     laid_out = ops._weight_for_onednn(x, weight)
     if kernel == "aten":
         assert laid_out is None
