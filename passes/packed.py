@@ -92,8 +92,7 @@ class _Kept:
         if of_version == version:
             return copy
         threshold = self.thresholds[place] = self.pays_from(x, weight)
-        too_many = copy is None and len(self.packed) >= _MOST_COPIES
-        if too_many or not _NEVER < threshold <= self._expected(place):
+        if self._is_full(place) or not _NEVER < threshold <= self._expected(place):
             self.packed.pop(place, None)
             return None
         copy = self.packing.pack(weight, x.shape[0], copy)
@@ -106,6 +105,15 @@ class _Kept:
         for by_place in (self.packed, self.thresholds):
             for place in by_place.keys() - self.uses_before.keys():
                 del by_place[place]
+
+    def _is_full(self, place: Place) -> bool:
+        """Whether there are copies enough, of places that may not come again.
+
+        Who knows how often a place is multiplied relies on the same kernel whatever came before.
+        """
+        return (
+            self.products is None and place not in self.packed and len(self.packed) >= _MOST_COPIES
+        )
 
     def _expected(self, place: Place) -> int:
         """How many products there will be between two changes, or there were already."""
