@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import operator
+import sys
 from dataclasses import dataclass
 from typing import Any
 
@@ -73,8 +74,8 @@ def _split(node: fx.Node) -> None:
     with node.graph.inserting_before(node):
         small = x
         for axis, step in enumerate(stride, start=2):
-            size = value(small).shape[axis]
-            small = emit(node, aten.slice.Tensor, small, axis, 0, size, step)
+            # To the end, as the size itself, where it is symbolic, would be no node of the graph.
+            small = emit(node, aten.slice.Tensor, small, axis, 0, sys.maxsize, step)
         weight_gradient = backward(small, [1] * len(stride), [False, True, wants_bias])
         input_gradient = backward(x, stride, [wants_input, False, False]) if wants_input else None
     for item in list(node.users):
