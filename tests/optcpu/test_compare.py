@@ -318,7 +318,9 @@ def test_a_script_needs_no_guard_and_shows_progress_as_lines(tmp_path: Path) -> 
     assert done.stdout == "[None] [[]]\n"
     lines = [line.removeprefix("optcpu compare: ") for line in done.stderr.splitlines()]
     before, after = ["checking the model", "measuring this machine"], "measuring this machine again"
-    assert lines == [*before, "eager-fp32", "warm-up", "round 1/1", after]
+    # What a process does at the moment is told where it takes long, as on a busy machine.
+    steps = [line for line in lines if not line.startswith("eager-fp32: ")]
+    assert steps == [*before, "eager-fp32", "warm-up", "round 1/1", after]
 
 
 @pytest.mark.slow
