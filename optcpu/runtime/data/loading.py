@@ -83,14 +83,13 @@ def make_loader(
             worker_init_fn=begin_worker,
             generator=torch.Generator().manual_seed(stream_key(seed, rank)),
         )
-    size = length_of(dataset)
-    if size is None or not hasattr(dataset, "__getitem__"):
+    if not (hasattr(dataset, "__len__") and hasattr(dataset, "__getitem__")):
         raise TypeError(
             f"a dataset needs __len__ and __getitem__, which {type(dataset).__name__} lacks; an iterable "
             "one must be a torch.utils.data.IterableDataset"
         )
     sampler = ResumableBatchSampler(
-        size,
+        len(dataset),  # an error in it is the dataset's own, and no lack of a length
         batch_size,
         shuffle=shuffle,
         seed=seed,

@@ -447,6 +447,16 @@ class TestFailures:
         with pytest.raises(TypeError, match="cannot be interpreted as an integer"):
             Feed(Halved([torch.zeros(2)]))
 
+    def test_an_error_in_the_length_of_a_dataset_is_told_as_it_is(self) -> None:
+        class Unread(Failing):
+            files: Any = None
+
+            def __len__(self) -> int:
+                return len(self.files)
+
+        with pytest.raises(TypeError, match="'NoneType' has no len"):
+            make_loader(Unread(ValueError()), 4)
+
     def test_measuring_fails_in_training_only(self) -> None:
         feed = Feed(Failing(ValueError("broken"), at=0), batch_size=12)
         with pytest.raises(OptcpuError, match="broken"):
