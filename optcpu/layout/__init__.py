@@ -9,7 +9,6 @@ parameter can change unseen, through its ``.data``.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Literal
 
@@ -52,23 +51,21 @@ def checked_layout(layout: str) -> Layout:
     return layout  # type: ignore[return-value]
 
 
-def keep_packed(model: nn.Module, layout: Layout, products: int | None = None) -> None:
+def keep_packed(model: nn.Module, layout: Layout) -> None:
     """Keep packed copies of the weights of ``model`` that are stored for training, as ``layout`` says.
 
     Args:
         model: whose stored weights (:class:`StoredWeight`) may be packed; others stay as they are.
         layout: where ``"auto"`` is ``"ipex"`` if the extension fits and was measured to be faster with the
             shapes of this model, else ``"native"``.
-        products: how often a weight is multiplied forward (and backward) between two updates; None
-            if it is not known.
     """
-    weights = [weight for _, weight in _packable(model)]
+    weights = _packable(model)
     packing = _packing(layout, weights)
     for weight in weights:
         if packing is None:
             packed.forget(weight.high)
         else:
-            packed.keep(weight.high, packing, products, owner=weight)
+            packed.keep(weight.high, packing, owner=weight)
     if layout in ("native", "ipex") and not weights:
         warn(
             f"layout={layout!r} has no weights to pack: it packs those that optcpu stores as BF16, with "
@@ -78,7 +75,7 @@ def keep_packed(model: nn.Module, layout: Layout, products: int | None = None) -
 
 def expect_products(model: nn.Module, products: int) -> None:
     """Tell how often the weights of ``model`` are multiplied between two updates."""
-    for _, weight in _packable(model):
+    for weight in _packable(model):
         kept = packed.kept(weight.high)
         if kept is not None:
             kept.products = products
@@ -125,8 +122,7 @@ def _packing(layout: Layout, weights: list[StoredWeight]) -> packed.Packing | No
     return native.NativePacking()
 
 
-def _packable(model: nn.Module) -> Iterator[tuple[str, StoredWeight]]:
-    for name, parameter in model.named_parameters():
-        shared = parameter.is_shared()  # what other processes write would be seen by nobody
-        if isinstance(parameter, StoredWeight) and parameter.dim() == 2 and not shared:
-            yield name, parameter
+def _packable(model: nn.Module) -> list[StoredWeight]:
+    """The matrices stored for training; but what other processes write to shared ones is seen by nobody."""
+    stored = (p for p in model.parameters() if isinstance(p, StoredWeight))
+    return [weight for weight in stored if weight.dim() == 2 and not weight.is_shared()]

@@ -215,9 +215,8 @@ def _problems(variants: Sequence[Variant]) -> dict[str, str]:
 
 
 def _why_not_packed() -> str | None:
-    from optcpu.layout import (
-        native,  # with the passes, which a stock variant's process must not load
-    )
+    # Imported here, as the passes come with it: a stock variant's process must not load them.
+    from optcpu.layout import native
 
     return native.why_impossible()
 

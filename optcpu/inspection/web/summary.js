@@ -22,7 +22,7 @@ function summaryOf() {
       : null,
     summary.wide.length > 0 ? section("Stays in FP32", summary.wide.map(wideOf), "wide") : null,
     summary.layouts.length > 0
-      ? section("Weight layouts", summary.layouts.map(layoutOf), "layouts")
+      ? section("Weight layouts", summary.layouts.map(chipsOf), "layouts")
       : null,
   ];
   sections.push(el("div", { class: "columns" }, ...small));
@@ -90,12 +90,11 @@ function countTable(rows) {
 }
 
 function wideOf([reason, operators]) {
-  const chips = operators.map(([name, number]) => span("chip", `${number} ${name}`));
-  return el("div", {}, el("p", {}, reason), el("p", { class: "chips" }, ...chips));
+  return chipsOf([reason, operators.map(([name, number]) => `${number} ${name}`)]);
 }
 
-function layoutOf([reason, names]) {
-  const chips = names.map((name) => span("chip", name));
+function chipsOf([reason, texts]) {
+  const chips = texts.map((text) => span("chip", text));
   return el("div", {}, el("p", {}, reason), el("p", { class: "chips" }, ...chips));
 }
 
