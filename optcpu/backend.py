@@ -12,6 +12,7 @@ looked up before they run, so their key enters through ``uuid()``.
 from __future__ import annotations
 
 import copy
+import logging
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -29,7 +30,9 @@ import passes
 from optcpu import cpp_ahead
 from optcpu.errors import CompileError, FallbackWarning, warn
 from optcpu.pipeline import Pipeline, default_passes, resolve_precision
-from optcpu.record import Fallback, GraphKind, GraphRun, Record
+from optcpu.record import Fallback, GraphKind, GraphRun, Record, copy_graph
+
+logger = logging.getLogger(__name__)
 
 
 class Backend:
@@ -224,7 +227,7 @@ class _GraphCompiler:
             if not self._backend.codegen:
                 return _boxed(module)
             with cpp_ahead.kernels_compiled_as_written():
-                compiled = compile_fx_inner(module, example_inputs, **options)
+                compiled = _generate(module, example_inputs, options, graph_run)
         except Exception as error:
             self._backend.fell_back(f"the {kind} of captured graph {self._region}", error)
             return eager
@@ -234,6 +237,26 @@ class _GraphCompiler:
             # Without a key AOTAutograd stores nothing that would hide the failure from the next run.
             compiled._fx_graph_cache_key = None  # type: ignore[attr-defined]
         return compiled
+
+
+def _generate(
+    module: fx.GraphModule,
+    example_inputs: Sequence[Any],
+    options: dict[str, Any],
+    graph_run: GraphRun,
+) -> Any:
+    """Generate code: once for blocks that are equal, where Inductor can take that."""
+    whole = copy_graph(module.graph)
+    view_to_reshape(module)  # Inductor does this as well, but not to the graphs of blocks
+    graph_run.blocks = passes.share_blocks(module)
+    if graph_run.blocks:
+        try:
+            return compile_fx_inner(module, example_inputs, **options)
+        except Exception as error:
+            logger.debug("equal blocks are compiled each by itself: %s", error)
+            graph_run.blocks = []
+            module.graph = whole
+    return compile_fx_inner(module, example_inputs, **options)
 
 
 def _boxed(module: fx.GraphModule) -> Callable[..., Any]:

@@ -8,6 +8,8 @@ from typing import Literal
 
 from torch import fx
 
+from passes import Blocks
+
 GraphKind = Literal["joint", "forward", "backward", "inference"]
 
 
@@ -52,6 +54,7 @@ class GraphRun:
     initial: fx.Graph | None = None
     final: fx.Graph | None = None
     written_out: int = 0
+    blocks: list[Blocks] = field(default_factory=list)
     output_code: str | None = None
 
 

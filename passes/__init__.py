@@ -3,6 +3,7 @@
 from passes.activations import SaveOutputsInBf16
 from passes.attention import UnfoldAttentionBackward
 from passes.base import FunctionPass, Pass, PatternPass, Stage, as_pass, cache_key
+from passes.blocks import Blocks, share_blocks
 from passes.canonicalize import Canonicalize
 from passes.casts import CancelCasts, HoistDowncasts, ShareWeightCasts, SinkUpcasts
 from passes.convolution import SubsampleForWeightGradient
@@ -16,6 +17,7 @@ from passes.precision import POLICY, InsertCasts
 __all__ = [
     "KEPT_WHOLE",
     "POLICY",
+    "Blocks",
     "CancelCasts",
     "Canonicalize",
     "FunctionPass",
@@ -41,4 +43,5 @@ __all__ = [
     "as_pass",
     "cache_key",
     "lower",
+    "share_blocks",
 ]

@@ -174,10 +174,10 @@ def escapes(node: fx.Node) -> bool:
     Two such nodes must not become one, nor one become a name of an input: what the caller writes to
     one of them in place would appear in the other.
     """
-    return any(user.op == "output" or (_may_alias(user) and escapes(user)) for user in node.users)
+    return any(user.op == "output" or (may_alias(user) and escapes(user)) for user in node.users)
 
 
-def _may_alias(node: fx.Node) -> bool:
+def may_alias(node: fx.Node) -> bool:
     """Whether the result may be a view of an argument."""
     if node.target in (operator.getitem, aten._unsafe_view.default):
         return True
