@@ -15,7 +15,7 @@ from torch import Tensor, fx
 from torch._inductor.compile_fx import compile_fx
 
 from passes import Blocks, share_blocks
-from passes.blocks import SMALLEST_BLOCK
+from passes.repeats import SMALLEST_BLOCK
 
 WIDTH = 6
 BLOCK = ["aten.mm", "aten.add.Tensor", "aten.tanh", "aten.mul.Tensor", "aten.neg", "aten.sigmoid"]
