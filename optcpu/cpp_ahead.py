@@ -17,9 +17,10 @@ from contextlib import contextmanager
 from typing import Any, ParamSpec
 from unittest import mock
 
-from torch._inductor.async_compile import AsyncCompile
 from torch._inductor.codecache import CppPythonBindingsCodeCache
 from torch._inductor.codegen.wrapper import PythonWrapperCodegen
+
+from optcpu.cpp_batch import BatchCompile
 
 P = ParamSpec("P")
 
@@ -80,11 +81,11 @@ def _compile_smallest() -> None:
 
 @_left_to_inductor
 def _start(definition: str) -> None:
-    """Have a kernel compiled by Inductor's own pool of threads, if it is not there yet.
+    """Have a kernel compiled in a thread, with others that wait, if it is not there yet.
 
     Args:
         definition: a call of ``async_compile.cpp_pybinding`` with literals.
     """
     call = ast.parse(definition.strip(), mode="eval").body
     assert isinstance(call, ast.Call)
-    AsyncCompile().cpp_pybinding(*(ast.literal_eval(argument) for argument in call.args))
+    BatchCompile().cpp_pybinding(*(ast.literal_eval(argument) for argument in call.args))

@@ -24,6 +24,7 @@ LAYERS: tuple[tuple[str, ...], ...] = (
         "optcpu.update",
         "optcpu.data",
         "optcpu.cpp_ahead",
+        "optcpu.cpp_batch",
     ),
     ("optcpu.pipeline",),
     ("optcpu.backend", "optcpu.takeover"),
