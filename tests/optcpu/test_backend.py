@@ -11,9 +11,12 @@ from pathlib import Path
 import pytest
 import torch
 from torch import Tensor, nn
+from torch._inductor import ir
 
 import optcpu
+import passes
 from optcpu.backend import Backend, remedy_for
+from optcpu.optimize import compiled_call
 from optcpu.pipeline import Pipeline, default_passes
 from optcpu.record import Record
 
@@ -92,6 +95,92 @@ def test_what_is_looked_at_comes_from_no_cache(keep_graphs: bool, codegen: bool)
     backend = Backend(pipeline, record=Record(keep_graphs=keep_graphs), codegen=codegen)
     expected = None if keep_graphs or not codegen else pipeline.cache_key()
     assert backend.cache_key() == expected
+
+
+class Layers(nn.Module):
+    """Equal layers with attention and dropout, and outputs that are views of what they keep."""
+
+    def __init__(self, count: int, dropout: float = 0.0) -> None:
+        super().__init__()
+        self.embed = nn.Linear(8, 16)
+        self.layers = nn.ModuleList(
+            nn.TransformerEncoderLayer(16, 2, 24, dropout, norm_first=True, batch_first=True)
+            for _ in range(count)
+        )
+
+    def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        x = self.embed(x)
+        kept = []
+        for layer in self.layers:
+            x = layer(x)
+            kept.append(x[:, 0])
+        return x.transpose(1, 2), torch.stack(kept)
+
+
+def outputs_and_gradients(model: nn.Module, x: Tensor) -> list[Tensor]:
+    torch.manual_seed(3)
+    model.zero_grad()
+    outputs = model(x)
+    sum(output.square().sum() for output in outputs).backward()
+    return [*outputs, *(p.grad.clone() for p in model.parameters() if p.grad is not None)]
+
+
+def assert_as_eager(model: nn.Module, x: Tensor) -> Record:
+    """Optimize ``model`` and compare; the record of what happened."""
+    expected = outputs_and_gradients(model, x)
+    optcpu.optimize(model, precision="fp32", fallback=False)
+    results = outputs_and_gradients(model, x)
+    assert len(results) == len(expected)
+    for got, wanted in zip(results, expected, strict=True):
+        torch.testing.assert_close(got, wanted, rtol=1e-4, atol=1e-5)
+        assert got.stride() == wanted.stride()
+    call = compiled_call(model)
+    assert call is not None
+    return call.record
+
+
+@pytest.mark.slow
+def test_code_for_equal_layers_is_generated_once(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path))
+    record = assert_as_eager(Layers(5), torch.randn(3, 6, 8))
+    blocks = {graph.kind: graph.blocks for graph in record.graphs if graph.kind != "joint"}
+    assert [b.count for b in blocks["forward"]] == [5]
+    assert [b.count for b in blocks["backward"]] == [5]
+
+
+@pytest.mark.slow
+def test_equal_layers_drop_out_differently(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The same numbers as from code for each layer, which are others in each layer."""
+    monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path))
+    results = {}
+    for shared in (True, False):
+        with monkeypatch.context() as patch:
+            if not shared:
+                patch.setattr(passes, "share_blocks", lambda module: [])
+            torch.manual_seed(0)
+            model = optcpu.optimize(Layers(4, dropout=0.5), precision="fp32", fallback=False)
+            results[shared] = outputs_and_gradients(model, torch.ones(3, 6, 8))
+            torch.compiler.reset()
+            monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path / "second"))
+    for got, wanted in zip(results[True], results[False], strict=True):
+        torch.testing.assert_close(got, wanted, rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.slow
+def test_blocks_that_inductor_cannot_take_are_compiled_one_by_one(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path))
+
+    def refuse(*args: object) -> None:
+        raise NotImplementedError("a graph with subgraphs")
+
+    monkeypatch.setattr(ir.InvokeSubgraph, "create", refuse)
+    record = assert_as_eager(Layers(3), torch.randn(3, 6, 8))
+    assert [graph.blocks for graph in record.graphs] == [[], [], []]
+    assert record.fallbacks == []
 
 
 def test_the_name_of_the_backend() -> None:

@@ -12,7 +12,6 @@ from captured import operators, traced
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor, fx
-from torch._inductor.compile_fx import compile_fx
 
 from passes import Blocks, share_blocks
 from passes.repeats import SMALLEST_BLOCK
@@ -283,22 +282,3 @@ def test_any_stack_computes_the_same(
         return (*outputs, x)
 
     shared(function, torch.randn(4, WIDTH), *given_weights)
-
-
-def test_generated_code_computes_the_same() -> None:
-    """Through Inductor: the function of a block is there once, and results have eager's strides."""
-
-    def function(x: Tensor, *weights: Tensor) -> tuple[Tensor, ...]:
-        saved = []
-        for weight in weights:
-            x = layer(x, weight)
-            saved.append(torch.tanh(x).t())
-        return (*saved, x)
-
-    inputs = (torch.randn(4, WIDTH), *weights(4))
-    module = traced(function, *inputs)
-    assert share_blocks(module) == [Blocks(4, len(BLOCK) + 2)]
-    compiled = compile_fx(module, list(inputs))
-    for got, expected in zip(compiled(*inputs), function(*inputs), strict=True):
-        torch.testing.assert_close(got, expected)
-        assert got.stride() == expected.stride()
