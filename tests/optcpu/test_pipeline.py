@@ -19,7 +19,7 @@ def relu_network() -> nn.Sequential:
 
 
 def raises(graph: fx.Graph) -> int:
-    for node in calls(graph, aten.relu.default):
+    for node in calls(graph, aten.relu.default, aten.clamp_min.default):
         node.replace_all_uses_with(node.args[0])
     raise KeyError("the pass is broken")
 
@@ -85,6 +85,25 @@ def test_a_failing_pass_is_undone_and_told_once(broken: object) -> None:
     (joint,) = (g for g in record.graphs if g.kind == "joint")
     assert [run.name for run in joint.runs] == ["canonicalize", name, "cancel-casts"]
     assert [run.error is None for run in joint.runs] == [True, False, True]
+
+
+def test_what_passes_before_a_failing_one_did_stays() -> None:
+    def clamps(graph: fx.Graph) -> int:
+        for node in calls(graph, aten.relu.default):
+            node.target = aten.clamp_min.default
+            node.args = (*node.args, 0)
+        return 1
+
+    model, x = relu_network(), torch.randn(3, 8)
+    record = Record(keep_graphs=True)
+    backend = Backend(Pipeline.of([clamps, raises]), record=record, codegen=False)
+    with pytest.warns(optcpu.FallbackWarning, match="pass raises was undone"):
+        result = torch.compile(model, backend=backend)(x)
+    torch.testing.assert_close(result, model(x))
+    (joint,) = (g for g in record.graphs if g.kind == "joint")
+    assert joint.final is not None
+    assert len(list(calls(joint.final, aten.clamp_min.default))) == 1
+    assert list(calls(joint.final, aten.relu.default)) == []
 
 
 def test_a_failing_pass_raises_where_fallbacks_are_forbidden() -> None:
