@@ -27,8 +27,8 @@ import torch
 from torch import Tensor, fx
 from torch.utils._pytree import tree_leaves
 
-from passes.graph import convert, dtype, is_call, may_alias, value
-from passes.layout import has_convolution
+from passes import ops
+from passes.graph import aten, convert, dtype, is_call, may_alias, value
 from passes.repeats import arguments_of, equal_blocks, is_mutable
 
 _invoke = torch.ops.higher_order.invoke_subgraph
@@ -46,19 +46,19 @@ class Blocks:
 def share_blocks(module: fx.GraphModule) -> list[Blocks]:
     """Write equal blocks of ``module.graph`` once each, as subgraphs of ``module``, in place.
 
-    Graphs with symbolic sizes are left alone, and graphs with convolutions, whose layouts Inductor
-    chooses for the graph as a whole.
+    Graphs with symbolic sizes are left alone. So is what stands between convolutions of images, forward
+    or backward: Inductor chooses the layouts there, for all of them together.
 
     Returns:
         What was found; no entry if nothing repeats.
     """
     graph = module.graph
-    if not graph.find_nodes(op="placeholder") or _has_symbols(graph) or has_convolution(graph):
+    if not graph.find_nodes(op="placeholder") or _has_symbols(graph):
         return []
     found: list[Blocks] = []
     constants = _constants(graph)
     nodes = [n for n in graph.nodes if n.op == "call_function" and n not in constants]
-    for blocks in equal_blocks(nodes):
+    for blocks in equal_blocks(_beside_convolutions(nodes)):
         if not found:
             _move_to_front(graph, constants)
         _call_once_written(module, f"block_{len(found)}", blocks)
@@ -76,6 +76,21 @@ def _has_symbols(graph: fx.Graph) -> bool:
         for leaf in tree_leaves(value(node))
         for size in (leaf.shape if isinstance(leaf, Tensor) else (leaf,))
     )
+
+
+def _beside_convolutions(nodes: Sequence[fx.Node]) -> Sequence[fx.Node]:
+    """The nodes behind the last convolution of images, before the first backward of one."""
+    forward = [i for i, node in enumerate(nodes) if _is_on_images(node, aten.convolution.default)]
+    backward = [
+        i
+        for i, node in enumerate(nodes)
+        if _is_on_images(node, aten.convolution_backward.default, ops.convolution_backward)
+    ]
+    return nodes[forward[-1] + 1 if forward else 0 : backward[0] if backward else len(nodes)]
+
+
+def _is_on_images(node: fx.Node, *convolutions: Any) -> bool:
+    return is_call(node, *convolutions) and value(node.args[0]).dim() > 3
 
 
 def _constants(graph: fx.Graph) -> dict[fx.Node, None]:

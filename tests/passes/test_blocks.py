@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import operator
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import pytest
@@ -13,7 +13,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor, fx
 
-from passes import Blocks, share_blocks
+from passes import Blocks, lower, share_blocks
 from passes.repeats import SMALLEST_BLOCK
 
 WIDTH = 6
@@ -56,14 +56,14 @@ def calls_of_blocks(module: fx.GraphModule) -> list[list[str]]:
     ]
 
 
-def chain(x: Tensor, *weights: Tensor) -> Tensor:
+def stack(x: Tensor, *weights: Tensor) -> Tensor:
     for weight in weights:
         x = layer(x, weight)
     return x
 
 
 def test_equal_layers_are_written_once() -> None:
-    module, found = shared(chain, torch.randn(4, WIDTH), *weights(5))
+    module, found = shared(stack, torch.randn(4, WIDTH), *weights(5))
     assert found == [Blocks(5, len(BLOCK))]
     assert operators(module.graph) == ["invoke_subgraph"] * 5
     assert operators(block(module)) == BLOCK
@@ -74,7 +74,7 @@ def test_equal_layers_are_written_once() -> None:
 
 
 def test_values_know_their_shapes_and_strides() -> None:
-    module, _ = shared(chain, torch.randn(4, WIDTH), *weights(3))
+    module, _ = shared(stack, torch.randn(4, WIDTH), *weights(3))
     for graph in (module.graph, block(module)):
         for node in graph.nodes:
             if node.op in ("placeholder", "call_function"):
@@ -85,7 +85,7 @@ def test_values_know_their_shapes_and_strides() -> None:
 
 def test_what_stands_before_and_behind_stays() -> None:
     def function(x: Tensor, *weights: Tensor) -> Tensor:
-        return chain(torch.exp(x), *weights).softmax(-1).log()
+        return stack(torch.exp(x), *weights).softmax(-1).log()
 
     module, found = shared(function, torch.randn(4, WIDTH), *weights(4))
     assert found == [Blocks(4, len(BLOCK))]
@@ -106,7 +106,7 @@ def test_a_layer_with_another_constant_has_its_own_code() -> None:
 
 def test_layers_of_other_widths_have_their_own_code() -> None:
     def function(x: Tensor, y: Tensor, *weights: Tensor) -> tuple[Tensor, Tensor]:
-        return chain(x, *weights[:3]), chain(y, *weights[3:])
+        return stack(x, *weights[:3]), stack(y, *weights[3:])
 
     wide = [torch.randn(9, 9) for _ in range(4)]
     inputs = (torch.randn(4, WIDTH), torch.randn(4, 9), *weights(3), *wide)
@@ -217,21 +217,51 @@ def test_writes_stay_outside() -> None:
 
 
 def test_symbolic_sizes_are_left_alone() -> None:
-    module = traced(chain, torch.randn(4, WIDTH), *weights(4), dynamic=[0])
+    module = traced(stack, torch.randn(4, WIDTH), *weights(4), dynamic=[0])
     before = operators(module.graph)
     assert share_blocks(module) == []
     assert operators(module.graph) == before
 
 
-def test_convolutions_are_left_alone() -> None:
-    def function(x: Tensor, *kernels: Tensor) -> Tensor:
-        for kernel in kernels:
-            x = x + torch.sigmoid(-torch.tanh(torch.conv2d(x, kernel, padding=1).exp() * 2).neg())
-        return x
+def convolved(x: Tensor, kernels: Sequence[Tensor]) -> Tensor:
+    for kernel in kernels:
+        x = x + torch.sigmoid(-torch.tanh(torch.conv2d(x, kernel, padding=1).exp() * 2).neg())
+    return x
 
+
+def test_what_stands_between_convolutions_is_left_alone() -> None:
     kernels = [torch.randn(3, 3, 3, 3) for _ in range(4)]
-    _, found = shared(function, torch.randn(2, 3, 5, 5), *kernels)
+    _, found = shared(lambda x, *kernels: convolved(x, kernels), torch.randn(2, 3, 5, 5), *kernels)
     assert found == []
+
+
+@pytest.mark.parametrize("lowered", [False, True])
+def test_what_stands_between_backwards_of_convolutions_is_left_alone(lowered: bool) -> None:
+    def function(x: Tensor, *kernels: Tensor) -> Sequence[Tensor]:
+        inputs = [x.detach().requires_grad_(), *(k.detach().requires_grad_() for k in kernels)]
+        return torch.autograd.grad(convolved(inputs[0], inputs[1:]).sum(), inputs)
+
+    inputs = [torch.randn(2, 3, 5, 5), *(torch.randn(3, 3, 3, 3) for _ in range(4))]
+    module = traced(function, *inputs)
+    if lowered:
+        lower(module.graph)
+        assert "aten.convolution_backward" not in operators(module.graph)
+    share_blocks(module)
+    for name, child in module.named_children():
+        assert isinstance(child, fx.GraphModule)
+        assert not any("conv" in operator for operator in operators(child.graph)), name
+    assert operators(module.graph).count("aten.tanh") == 4
+
+
+def test_layers_behind_convolutions_are_written_once() -> None:
+    def function(image: Tensor, kernel: Tensor, *weights: Tensor) -> Tensor:
+        patches = torch.conv2d(image, kernel, stride=2).flatten(2).transpose(1, 2)
+        return stack(patches[0], *weights)
+
+    inputs = (torch.randn(1, 3, 4, 4), torch.randn(WIDTH, 3, 2, 2), *weights(4))
+    module, found = shared(function, *inputs)
+    assert found == [Blocks(4, len(BLOCK))]
+    assert "aten.convolution" in operators(module.graph)
 
 
 def test_a_graph_without_calls() -> None:
