@@ -19,7 +19,8 @@ from torch.utils._pytree import tree_leaves, tree_map_only
 
 from passes.graph import aten, is_call, value
 
-SMALLEST_BLOCK = 8  # nodes; less is not worth a call
+SMALLEST_BLOCK = 16  # nodes; less is not worth a call, across which nothing is fused
+LEAST_SAVED = 32  # nodes that need no code of their own; fewer are written soon
 _PERIODS_TRIED = 32
 _MOST_BETWEEN = 16  # nodes that may stand between two of a block
 _NEVER = 1 << 60  # bytes: what must not go from one block to the next
@@ -45,7 +46,7 @@ def equal_blocks(nodes: Sequence[fx.Node]) -> Iterator[list[list[fx.Node]]]:
     signatures = [_signature(node) for node in nodes]
     while run := _longest_run(signatures):
         rows = _connected_alike(nodes, _cut(nodes, run))
-        if len(rows) < 2:
+        if (len(rows) - 1) * run.period < LEAST_SAVED:
             signatures[run.start : run.stop] = [None] * (run.stop - run.start)
             continue
         rows = _with_near_ones(nodes, signatures, rows)
@@ -105,7 +106,12 @@ class _Run:
 
 def _longest_run(signatures: Sequence[str | None]) -> _Run | None:
     """The run that saves most nodes, of the shortest blocks if several do."""
-    runs = [run for period in _likely_periods(signatures) for run in _runs(signatures, period)]
+    runs = [
+        run
+        for period in _likely_periods(signatures)
+        for run in _runs(signatures, period)
+        if run.saved >= LEAST_SAVED
+    ]
     return max(runs, key=lambda run: (run.saved, -run.period), default=None)
 
 

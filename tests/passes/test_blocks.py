@@ -14,17 +14,25 @@ from hypothesis import strategies as st
 from torch import Tensor, fx
 
 from passes import Blocks, lower, share_blocks
-from passes.repeats import SMALLEST_BLOCK
+from passes.repeats import LEAST_SAVED, SMALLEST_BLOCK
 
 WIDTH = 6
 BLOCK = ["aten.mm", "aten.add.Tensor", "aten.tanh", "aten.mul.Tensor", "aten.neg", "aten.sigmoid"]
+CURVES = ["sin", "cos", "erf", "atan", "exp", "sqrt", "log1p", "square", "asinh"]
+BLOCK += [f"aten.{name}" for name in CURVES[:7]] + ["aten.pow.Tensor_Scalar", "aten.asinh"]
 BLOCK += ["aten.sub.Tensor", "aten.mm", "aten.add.Tensor"]
 
 
 def layer(x: Tensor, weight: Tensor, factor: float = 0.5) -> Tensor:
-    """Nine operators, with a residual connection."""
-    inner = torch.sigmoid(-(torch.tanh(x @ weight + 1) * factor))
+    """Eighteen operators, with a residual connection."""
+    inner = curves(torch.sigmoid(-(torch.tanh(x @ weight + 1) * factor)))
     return x + (inner - x) @ weight
+
+
+def curves(x: Tensor) -> Tensor:
+    for name in CURVES:
+        x = getattr(torch, name)(x)
+    return x
 
 
 def weights(count: int) -> list[Tensor]:
@@ -95,12 +103,12 @@ def test_what_stands_before_and_behind_stays() -> None:
 
 def test_a_layer_with_another_constant_has_its_own_code() -> None:
     def function(x: Tensor, *weights: Tensor) -> Tensor:
-        for weight, factor in zip(weights, (0.5, 0.5, 0.25, 0.5, 0.5), strict=True):
+        for weight, factor in zip(weights, (0.5,) * 3 + (0.25,) + (0.5,) * 3, strict=True):
             x = layer(x, weight, factor)
         return x
 
-    module, found = shared(function, torch.randn(4, WIDTH), *weights(5))
-    assert [blocks.count for blocks in found] == [2, 2]
+    module, found = shared(function, torch.randn(4, WIDTH), *weights(7))
+    assert [blocks.count for blocks in found] == [3, 3]
     assert operators(module.graph).count("aten.tanh") == 1
 
 
@@ -118,7 +126,7 @@ def test_layers_of_other_widths_have_their_own_code() -> None:
 def test_layers_that_are_wired_otherwise_have_their_own_code() -> None:
     def function(x: Tensor, *weights: Tensor) -> Tensor:
         for number, weight in enumerate(weights):
-            inner = torch.sigmoid(-(torch.tanh(x @ weight + 1) * 0.5))
+            inner = curves(torch.sigmoid(-(torch.tanh(x @ weight + 1) * 0.5)))
             x = x + ((inner - x) if number < 3 else (x - inner)) @ weight
         return x
 
@@ -127,18 +135,26 @@ def test_layers_that_are_wired_otherwise_have_their_own_code() -> None:
     assert len(found) == 2
 
 
-@pytest.mark.parametrize("steps", [SMALLEST_BLOCK // 2, SMALLEST_BLOCK])
-def test_little_is_not_worth_a_call(steps: int) -> None:
-    names = ["sin", "cos", "exp", "tanh", "neg", "abs", "sigmoid", "sqrt"]
+@pytest.mark.parametrize("size", [SMALLEST_BLOCK - 1, SMALLEST_BLOCK])
+def test_a_short_block_is_not_worth_a_call(size: int) -> None:
+    names = [*CURVES, "tanh", "neg", "abs", "sigmoid", "expm1", "erfc", "cosh"]
 
     def function(x: Tensor) -> Tensor:
-        for _ in range(2):
-            for name in names[:steps]:
+        for _ in range(5):
+            for name in names[:size]:
                 x = getattr(torch, name)(x)
         return x
 
+    assert len(names) == SMALLEST_BLOCK
     _, found = shared(function, torch.rand(3))
-    assert len(found) == (1 if steps == SMALLEST_BLOCK else 0)
+    assert len(found) == (1 if size == SMALLEST_BLOCK else 0)
+
+
+def test_little_saved_is_not_worth_it() -> None:
+    layers = LEAST_SAVED // len(BLOCK) + 1
+    for count, rows in ((layers, 0), (layers + 1, 1)):
+        _, found = shared(stack, torch.randn(4, WIDTH), *weights(count))
+        assert len(found) == rows
 
 
 def test_what_every_layer_uses_is_made_once_before_them() -> None:
@@ -152,6 +168,25 @@ def test_what_every_layer_uses_is_made_once_before_them() -> None:
     (blocks,) = found
     assert blocks.count == 3
     assert "aten.le.Tensor" not in operators(block(module))
+
+
+@pytest.mark.parametrize("from_the_layer", [False, True])
+def test_a_layer_that_makes_what_all_use_is_equal_but_for_that(from_the_layer: bool) -> None:
+    """Unless what it makes depends on the layer itself: then it cannot be called before that is made."""
+
+    def function(x: Tensor, source: Tensor, *weights: Tensor) -> Tensor:
+        mask = None
+        for weight in weights:
+            start = torch.tanh(x @ weight)
+            if mask is None:
+                mask = torch.floor(start if from_the_layer else source)
+            x = x + curves(torch.sigmoid(-start * 2) + mask) @ weight
+        return x
+
+    inputs = (torch.randn(4, WIDTH), torch.rand(4, WIDTH), *weights(5))
+    module, found = shared(function, *inputs)
+    assert [blocks.count for blocks in found] == [4 if from_the_layer else 5]
+    assert operators(module.graph).count("aten.floor") == 1
 
 
 def test_fills_are_made_inside() -> None:
@@ -225,7 +260,7 @@ def test_symbolic_sizes_are_left_alone() -> None:
 
 def convolved(x: Tensor, kernels: Sequence[Tensor]) -> Tensor:
     for kernel in kernels:
-        x = x + torch.sigmoid(-torch.tanh(torch.conv2d(x, kernel, padding=1).exp() * 2).neg())
+        x = x + torch.sigmoid(-torch.tanh(curves(torch.conv2d(x, kernel, padding=1)) * 2).neg())
     return x
 
 
@@ -283,7 +318,7 @@ OPERATIONS: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
 
 @settings(max_examples=60, deadline=None)
 @given(
-    body=st.lists(st.sampled_from(sorted(OPERATIONS)), min_size=3, max_size=10),
+    body=st.lists(st.sampled_from(sorted(OPERATIONS)), min_size=6, max_size=14),
     before=st.lists(st.sampled_from(sorted(OPERATIONS)), max_size=4),
     layers=st.integers(2, 6),
     odd=st.integers(0, 8),
