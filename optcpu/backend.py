@@ -225,6 +225,9 @@ class _GraphCompiler:
             graph_run.written_out = passes.lower(module.graph)
             module.recompile()
             if not self._backend.codegen:
+                if self._backend.record.keep_graphs:
+                    twin = fx.GraphModule(module, copy_graph(module.graph))
+                    graph_run.blocks = passes.share_blocks(twin)
                 return _boxed(module)
             with cpp_ahead.kernels_compiled_as_written():
                 compiled = _generate(module, example_inputs, options, graph_run)

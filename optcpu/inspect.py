@@ -100,13 +100,13 @@ def _inspection(
             f"{written_out} of the fused operators are small: behind the final graphs they are written "
             "out as plain operators, since a call would cost more than it gains."
         )
-    blocks = [blocks for graph in observation.record.graphs for blocks in graph.blocks]
+    blocks = [
+        f"{blocks.count} of {blocks.size} operators ({graph.kind})"
+        for graph in observation.record.graphs
+        for blocks in graph.blocks
+    ]
     if blocks:
-        notes.append(
-            "Code is generated once for blocks of the final graphs that are equal: "
-            + ", ".join(f"{b.count} of {b.size} operators" for b in blocks)
-            + "."
-        )
+        notes.append(f"Code is generated once for blocks that are equal: {', '.join(blocks)}.")
     return Inspection(
         model=_typename(model),
         modules=modules_of(observation.model, regions),

@@ -145,6 +145,17 @@ class TestWhatItHolds:
         assert note.startswith(f"{sum(f.times for f in inspection.fused())} of the fused")
 
 
+def test_it_says_which_blocks_share_their_code() -> None:
+    layer = nn.TransformerEncoderLayer(8, 2, 12, batch_first=True)
+    model = nn.TransformerEncoder(layer, 4, enable_nested_tensor=False)
+    inspection = optcpu.inspect(model, torch.randn(2, 3, 8), precision="fp32")
+    notes = [note for note in inspection.notes if note.startswith("Code is generated once")]
+    (note,) = notes
+    assert re.search(
+        r": 4 of \d+ operators \(forward\), [34] of \d+ operators \(backward\)\.$", note
+    )
+
+
 class TestReading:
     def test_code(self, inspection: Inspection) -> None:
         code = inspection.code()
