@@ -250,15 +250,15 @@ def _generate(
 ) -> Any:
     """Generate code: once for blocks that are equal, where Inductor can take that."""
     whole = copy_graph(module.graph)
-    view_to_reshape(module)  # Inductor does this as well, but not to the graphs of blocks
-    graph_run.blocks = passes.share_blocks(module)
-    if graph_run.blocks:
-        try:
+    try:
+        view_to_reshape(module)  # Inductor does this as well, but not to the graphs of blocks
+        graph_run.blocks = passes.share_blocks(module)
+        if graph_run.blocks:
             return compile_fx_inner(module, example_inputs, **options)
-        except Exception as error:
-            logger.debug("equal blocks are compiled each by itself: %s", error)
-            graph_run.blocks = []
-            module.graph = whole
+    except Exception as error:
+        logger.debug("equal blocks are compiled each by itself: %s", error)
+        graph_run.blocks = []
+        module.graph = whole
     return compile_fx_inner(module, example_inputs, **options)
 
 

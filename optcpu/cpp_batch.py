@@ -88,28 +88,40 @@ class _Job:
 
 _lock = threading.Lock()
 _waiting: list[_Job] = []
-_threads = 0
+_is_working = False
+
+
+def _begin_anew() -> None:
+    """A process that was forked has neither the thread nor what it was about to compile."""
+    global _lock, _is_working
+    _lock = threading.Lock()
+    _waiting.clear()
+    _is_working = False
+
+
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=_begin_anew)
 
 
 def _submit(job: _Job) -> Future[None]:
-    global _threads
+    global _is_working
     with _lock:
         _waiting.append(job)
-        if _threads == 0:
-            _threads += 1
+        if not _is_working:
+            _is_working = True
             threading.Thread(target=_work_off, name="optcpu-compile-kernels", daemon=True).start()
     return job.done
 
 
 def _work_off() -> None:
-    """Compile what waits until nothing does."""
-    global _threads
+    """Compile what waits until nothing does; whatever goes wrong, nobody is left waiting."""
+    global _is_working
     while True:
         with _lock:
             jobs = _waiting.copy()
             _waiting.clear()
             if not jobs:
-                _threads -= 1
+                _is_working = False
                 return
         groups: dict[tuple[str, ...], list[_Job]] = defaultdict(list)
         for job in jobs:
@@ -117,25 +129,31 @@ def _work_off() -> None:
         for group in groups.values():
             try:
                 _compile_together(group)
-            except (OSError, subprocess.SubprocessError) as error:
+            except Exception as error:
                 logger.debug("%d kernels were not compiled together: %s", len(group), error)
-            finally:
-                for job in group:
+            for job in group:
+                if job.done.set_running_or_notify_cancel():
                     job.done.set_result(None)
 
 
 def _compile_together(jobs: Sequence[_Job]) -> None:
     with tempfile.TemporaryDirectory(prefix="optcpu-kernels-") as folder:
         source, library = Path(folder) / "kernels.cpp", f"{folder}/kernels.so"
-        source.write_text(_common_source(jobs), encoding="utf-8")
+        source.write_bytes(os.fsencode(_common_source(jobs)))
         jobs[0].run_as(str(source), library, "-w")
         for job in jobs:
-            unfinished = f"{job.target}.{os.getpid()}.tmp"
-            try:
-                shutil.copy(library, unfinished)
-                os.replace(unfinished, job.target)
-            finally:
-                Path(unfinished).unlink(missing_ok=True)
+            _put(library, job.target)
+
+
+def _put(library: str, target: str) -> None:
+    """Copy a library to where others look for it, who must never see half of one."""
+    file, unfinished = tempfile.mkstemp(dir=os.path.dirname(target), suffix=".tmp")
+    os.close(file)
+    try:
+        shutil.copy(library, unfinished)
+        os.replace(unfinished, target)
+    finally:
+        Path(unfinished).unlink(missing_ok=True)
 
 
 def _common_source(jobs: Sequence[_Job]) -> str:

@@ -110,41 +110,34 @@ class Pipeline:
         A pass that raises, or that changes the shape or dtype of an output, is undone and reported to
         ``on_failure``; the others still run.
         """
-        # To copy the graph before each pass would take as long as the passes.
-        start = copy_graph(module.graph)
-        succeeded: list[p.Pass] = []
         for step in self.passes:
             if step.stage != stage:
                 continue
-            before = copy_graph(module.graph) if keep_graphs else None
-            run = PassRun(step.name, 0, step.changes_numerics, before=before)
-            try:
-                run.fired = _apply(step, module)
-                succeeded.append(step)
-            except Exception as error:
-                run.error = f"{type(error).__name__}: {error}"
-                module.graph = copy_graph(start)
-                for earlier in succeeded:
-                    _apply(earlier, module)
-                on_failure(step, error)
-            if keep_graphs:
-                run.after = copy_graph(module.graph)
-            graph_run.runs.append(run)
+            graph_run.runs.append(_run_pass(step, module, keep_graphs, on_failure))
 
 
-def _apply(step: p.Pass, module: fx.GraphModule) -> int:
-    """Run a pass over a module's graph; return how often it fired.
-
-    Raises:
-        Exception: the pass failed, or what it left is no graph with the same outputs.
-    """
+def _run_pass(
+    step: p.Pass,
+    module: fx.GraphModule,
+    keep_graphs: bool,
+    on_failure: Callable[[p.Pass, Exception], None],
+) -> PassRun:
+    before = copy_graph(module.graph)
     outputs = output_values(module.graph)
-    fired = _checked_count(step(module.graph))
-    module.graph.lint()
-    _fill_missing_values(module.graph)
-    if not step.narrows_outputs and output_values(module.graph) != outputs:
-        raise ValueError("the pass changed the shape or dtype of an output")
-    return fired
+    run = PassRun(step.name, 0, step.changes_numerics)
+    try:
+        run.fired = _checked_count(step(module.graph))
+        module.graph.lint()
+        _fill_missing_values(module.graph)
+        if not step.narrows_outputs and output_values(module.graph) != outputs:
+            raise ValueError("the pass changed the shape or dtype of an output")
+    except Exception as error:
+        module.graph = copy_graph(before)
+        run.fired, run.error = 0, f"{type(error).__name__}: {error}"
+        on_failure(step, error)
+    if keep_graphs:
+        run.before, run.after = before, copy_graph(module.graph)
+    return run
 
 
 def _checked_count(fired: object) -> int:

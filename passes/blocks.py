@@ -71,7 +71,7 @@ def share_blocks(module: fx.GraphModule) -> list[Blocks]:
 
 def _has_symbols(graph: fx.Graph) -> bool:
     return any(
-        isinstance(size, torch.SymInt)
+        isinstance(size, (torch.SymInt, torch.SymFloat, torch.SymBool))
         for node in graph.nodes
         for leaf in tree_leaves(value(node))
         for size in (leaf.shape if isinstance(leaf, Tensor) else (leaf,))

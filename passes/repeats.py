@@ -27,7 +27,15 @@ _NEVER = 1 << 60  # bytes: what must not go from one block to the next
 
 # Every block gets a fill of its own, which generated code holds in a register: as an argument it would
 # be a tensor in memory.
-FILLS = (aten.full.default, aten.scalar_tensor.default)
+_FILLS = (aten.full.default, aten.scalar_tensor.default)
+
+# They count from the beginning of the memory that their argument is a part of, which is not the same for
+# the arguments of all blocks, and unknown to a function that is called with them.
+_READ_BEYOND_ARGUMENT = (
+    aten.as_strided.default,
+    aten.as_strided_copy.default,
+    aten.as_strided_scatter.default,
+)
 
 _Row = Sequence[int]  # the places of a block's nodes in the graph's order
 
@@ -36,7 +44,7 @@ def equal_blocks(nodes: Sequence[fx.Node]) -> Iterator[list[list[fx.Node]]]:
     """Rows of equal blocks, those that save most nodes first.
 
     Args:
-        nodes: of one graph, in its order; fills (:data:`FILLS`) may be left out.
+        nodes: of one graph, in its order; fills (:func:`is_fill`) may be left out.
 
     Yields:
         At least two blocks: lists of nodes of the same length, connected in the same way. What stands
@@ -58,7 +66,12 @@ def equal_blocks(nodes: Sequence[fx.Node]) -> Iterator[list[list[fx.Node]]]:
 def arguments_of(node: fx.Node) -> list[fx.Node]:
     """The nodes among the arguments, in order and as often as they appear, but no fills."""
     leaves = tree_leaves((node.args, node.kwargs))
-    return [leaf for leaf in leaves if isinstance(leaf, fx.Node) and not is_call(leaf, *FILLS)]
+    return [leaf for leaf in leaves if isinstance(leaf, fx.Node) and not is_fill(leaf)]
+
+
+def is_fill(node: fx.Node) -> bool:
+    """Whether a node makes a tensor of one number that is known."""
+    return is_call(node, *_FILLS) and not node.all_input_nodes
 
 
 def is_mutable(node: fx.Node) -> bool:
@@ -71,6 +84,8 @@ def _signature(node: fx.Node) -> str | None:
     """What a node computes from what kind of values; None if it may be in no block."""
     if node.target is not operator.getitem and is_mutable(node):
         return None
+    if is_call(node, *_READ_BEYOND_ARGUMENT):
+        return None
     if any(value(argument) is None for argument in (node, *node.all_input_nodes)):
         return None
     arguments = tree_map_only(fx.Node, _kind_of, (node.args, node.kwargs))
@@ -79,7 +94,9 @@ def _signature(node: fx.Node) -> str | None:
 
 def _kind_of(node: fx.Node) -> Any:
     kind = tree_map_only(Tensor, _layout, value(node))
-    return (kind, str(node.target), repr(node.args)) if is_call(node, *FILLS) else kind
+    if not is_fill(node):
+        return kind
+    return kind, str(node.target), repr((node.args, node.kwargs))
 
 
 def _layout(tensor: Tensor) -> tuple[Any, ...]:

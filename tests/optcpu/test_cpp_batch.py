@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import shlex
+import subprocess
 import sys
 import time
 from collections.abc import Callable
@@ -116,6 +117,50 @@ def job_for(folder: Path, source: str) -> _Job:
         Noting().cpp_pybinding(["float*"], source).result()
     (job,) = jobs
     return _Job(job.command, job.source, job.target, Future())
+
+
+def pretended(folder: Path, name: str) -> _Job:
+    """A job whose compiler does nothing."""
+    return _Job(("true", name, str(folder / name)), name, str(folder / name), Future())
+
+
+def test_nobody_is_left_waiting(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whatever goes wrong in the thread, and whoever gives up waiting."""
+
+    def fails(jobs: list[_Job]) -> None:
+        time.sleep(0.3)
+        raise UnicodeError("a folder of bytes")
+
+    monkeypatch.setattr(cpp_batch, "_compile_together", fails)
+    first, given_up, last = (pretended(tmp_path, name) for name in ("a", "b", "c"))
+    futures = [cpp_batch._submit(job) for job in (first, given_up)]
+    futures[1].cancel()
+    assert futures[0].result(timeout=30) is None
+    assert cpp_batch._submit(last).result(timeout=30) is None
+
+
+FORK = """
+import os, sys
+from concurrent.futures import Future
+from optcpu import cpp_batch
+from optcpu.cpp_batch import _Job, _submit
+
+def job(name):
+    return _Job(("sh", "-c", "sleep 2", "k.cpp", name), "k.cpp", name, Future())
+
+parent = _submit(job("/nowhere/parent.so"))
+child = os.fork()
+done = _submit(job("/nowhere/child.so")) if child == 0 else parent
+done.result(timeout=30)
+if child == 0:
+    os._exit(0)
+sys.exit(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]))
+"""
+
+
+def test_a_forked_child_has_a_thread_of_its_own() -> None:
+    run = subprocess.run([sys.executable, "-c", FORK], capture_output=True, text=True, timeout=120)
+    assert run.returncode == 0, run.stderr
 
 
 class Builder:

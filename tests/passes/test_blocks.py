@@ -202,6 +202,31 @@ def test_fills_are_made_inside() -> None:
     assert "aten.full" not in operators(module.graph)
 
 
+def test_fills_of_other_dtypes_are_not_alike() -> None:
+    def function(x: Tensor, *weights: Tensor) -> Tensor:
+        for number, weight in enumerate(weights):
+            dtype = torch.float32 if number < 3 else torch.float64
+            x = layer(x + torch.full((), 0.1, dtype=dtype), weight)
+        return x
+
+    _, found = shared(function, torch.randn(4, WIDTH), *weights(6))
+    assert [blocks.count for blocks in found] == [3, 3]
+
+
+def test_what_reads_beyond_its_argument_stays_outside() -> None:
+    """``as_strided`` counts from the beginning of the memory, of which the arguments are other parts."""
+
+    def function(x: Tensor, *tables: Tensor) -> Tensor:
+        for number, table in enumerate(tables):
+            part = table[number:]
+            x = layer(x + torch.as_strided(part, (4, WIDTH), (WIDTH, 1), 7), table[-WIDTH:])
+        return x
+
+    tables = [torch.randn(12 + number, WIDTH) for number in range(5)]
+    module, _ = shared(function, torch.randn(4, WIDTH), *tables)
+    assert operators(module.graph).count("aten.as_strided") == 5
+
+
 def test_views_that_others_use_are_made_outside() -> None:
     def function(x: Tensor, *weights: Tensor) -> tuple[Tensor, ...]:
         saved = []
