@@ -132,7 +132,8 @@ def assert_as_eager(model: nn.Module, x: Tensor) -> Record:
     results = outputs_and_gradients(model, x)
     assert len(results) == len(expected)
     for got, wanted in zip(results, expected, strict=True):
-        torch.testing.assert_close(got, wanted, rtol=1e-4, atol=1e-5)
+        # As a whole: of the gradient of a bias of keys, which is zero, only rounding is left.
+        assert (got - wanted).norm() <= 1e-5 * wanted.norm()
         assert got.stride() == wanted.stride()
     call = compiled_call(model)
     assert call is not None

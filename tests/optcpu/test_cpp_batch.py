@@ -59,7 +59,8 @@ def test_each_gets_its_own_code(runs: list[int]) -> None:
     for value, run in enumerate(load([kernel(value) for value in range(4)])):
         run(x)
         assert x.tolist() == [value, value + 1]
-    assert runs == [1, 3]
+    assert sum(runs) == 4
+    assert len(runs) < 4
 
 
 def test_libraries_are_found_by_another_process(runs: list[int], tmp_path: Path) -> None:
