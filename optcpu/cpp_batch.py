@@ -168,10 +168,14 @@ def _common_source(jobs: Sequence[_Job]) -> str:
     return "\n".join(parts)
 
 
-# What the sources include, since they are included within a namespace; and what _INIT needs.
+# What the sources include, which must not happen first within their namespaces, and what _INIT needs.
 _HEADERS = (
-    *("torch/csrc/inductor/cpp_prefix.h", "Python.h", "sstream", "cstdlib"),
-    *("dlfcn.h", "string"),
+    "torch/csrc/inductor/cpp_prefix.h",
+    "Python.h",
+    "sstream",
+    "cstdlib",
+    "dlfcn.h",
+    "string",
 )
 
 _KERNEL = """
