@@ -222,16 +222,20 @@ def length_of(batches: Any) -> int | None:
     """Number of batches in an epoch; None if unknown.
 
     Raises:
-        TypeError: ``__len__`` gives no integer, which is a mistake and no refusal.
+        TypeError: ``__len__`` gives no integer.
+        ValueError: ``__len__`` gives a negative number.
     """
-    # What has __len__ may still refuse: DataLoader raises the first where its IterableDataset has none,
-    # and samplers and streams without an end by custom the second.
-    try:
-        return len(batches)
-    except (TypeError, NotImplementedError) as error:
-        if "as an integer" in str(error):
-            raise
+    read = getattr(type(batches), "__len__", None)
+    if read is None:
         return None
+    # TypeError from __len__ means "no length" in Python (operator.length_hint), as in a DataLoader over an
+    # IterableDataset; samplers and streams without an end raise NotImplementedError by custom.
+    # A mistake of a dataset's that looks the same is met by the loader's iterator, and told as it is.
+    try:
+        read(batches)
+    except (TypeError, NotImplementedError):
+        return None
+    return len(batches)  # out of the try: what is no length is the object's own mistake
 
 
 def _parts(batches: Any) -> dict[str, Any]:

@@ -447,6 +447,15 @@ class TestFailures:
         with pytest.raises(TypeError, match="cannot be interpreted as an integer"):
             Feed(Halved([torch.zeros(2)]))
 
+    @pytest.mark.parametrize("wrong", [lambda: 7 / 2, lambda: len(None)], ids=["float", "none"])  # type: ignore
+    def test_an_error_in_the_length_within_a_loader_is_told(self, wrong: Any) -> None:
+        class Wrong(Failing):
+            def __len__(self) -> int:
+                return wrong()  # type: ignore[no-any-return]
+
+        with pytest.raises((TypeError, OptcpuError), match=r"as an integer|has no len"):
+            Feed(DataLoader(Wrong(ValueError()), batch_size=2)).take(1)
+
     def test_an_error_in_the_length_of_a_dataset_is_told_as_it_is(self) -> None:
         class Unread(Failing):
             files: Any = None
