@@ -215,9 +215,16 @@ class CompiledCall:
         model: the module to compile.
         settings: how.
         record: where to write down what happens; a new one by default.
+        function: what to compile in place of the model's own call; it calls the model.
     """
 
-    def __init__(self, model: nn.Module, settings: Settings, record: Record | None = None) -> None:
+    def __init__(
+        self,
+        model: nn.Module,
+        settings: Settings,
+        record: Record | None = None,
+        function: Callable[..., Any] | None = None,
+    ) -> None:
         self.settings = settings
         self.replaced = model._compiled_call_impl
         self.backend = Backend(
@@ -226,7 +233,8 @@ class CompiledCall:
             record=record,
             activation_memory=settings.activation_memory,
         )
-        self._eager: Callable[..., Any] = model._call_impl
+        self._eager: Callable[..., Any] = model._call_impl if function is None else function
+        self._with_loss: dict[int, CompiledCall] = {}
         self._needs_autocast = needs_autocast(model, settings.precision)
         self._given_up = False
         cpp_ahead.prepare_compiler()  # in a thread, until the first call needs it
@@ -242,6 +250,20 @@ class CompiledCall:
         )
         if self._needs_autocast:
             self._compiled = under_autocast(self._compiled)
+        for call in self._with_loss.values():
+            call.compile_anew()
+
+    def with_loss(
+        self, model: nn.Module, loss: object, objective: Callable[[Any], Any]
+    ) -> CompiledCall:
+        """``objective``, which calls ``model`` and ``loss``, compiled as the model is: as one graph.
+
+        The next time it is asked for with the same ``loss``, it is compiled already.
+        """
+        key = id(loss)  # which lives as long as ``objective``
+        if key not in self._with_loss:
+            self._with_loss[key] = CompiledCall(model, self.settings, self.record, objective)
+        return self._with_loss[key]
 
     @property
     def record(self) -> Record:

@@ -36,6 +36,8 @@ def default_passes(precision: Precision = "bf16") -> list[p.Pass]:
     return [
         # On forward and backward as one graph:
         p.Canonicalize(),
+        p.CheckIndices(),
+        p.ChunkCrossEntropy(),
         p.SubsampleForWeightGradient(),
         p.PoolBeforeRelu(),
         *(in_bf16 if precision == "bf16" else []),

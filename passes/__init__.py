@@ -7,7 +7,9 @@ from passes.blocks import Blocks, share_blocks
 from passes.canonicalize import Canonicalize
 from passes.casts import CancelCasts, HoistDowncasts, ShareWeightCasts, SinkUpcasts
 from passes.convolution import SubsampleForWeightGradient
+from passes.cross_entropy import ChunkCrossEntropy
 from passes.halves import GradientsInBf16, ReadUpperHalves
+from passes.indices import CheckIndices
 from passes.linear import FuseLinear, RouteProducts
 from passes.linear_backward import FuseLinearBackward
 from passes.lowering import KEPT_WHOLE, lower
@@ -20,6 +22,8 @@ __all__ = [
     "Blocks",
     "CancelCasts",
     "Canonicalize",
+    "CheckIndices",
+    "ChunkCrossEntropy",
     "FunctionPass",
     "FuseLinear",
     "FuseLinearBackward",

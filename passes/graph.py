@@ -116,10 +116,12 @@ def sizes(node: fx.Node) -> list[Any]:
 
     The nodes found may stand behind the insertion point; :func:`sort` puts them in order.
     """
-    return [
-        size if isinstance(size, int) else _holder_of(node.graph, size)
-        for size in value(node).shape
-    ]
+    return [size_argument(node.graph, size) for size in value(node).shape]
+
+
+def size_argument(graph: fx.Graph, size: int | torch.SymInt) -> fx.Node | int:
+    """A size as an argument of a call, as :func:`sizes` gives them."""
+    return size if isinstance(size, int) else _holder_of(graph, size)
 
 
 def _holder_of(graph: fx.Graph, size: torch.SymInt) -> fx.Node | int:

@@ -10,6 +10,7 @@ import passes as p
 from optcpu.inspection.model import GraphReport, Node, PassReport, Stage
 from optcpu.inspection.read import operator_name
 from passes import ops
+from passes.indices import checked_index
 
 GRAPHS = ("joint", "forward", "backward", "inference")
 
@@ -50,6 +51,7 @@ _MOVES = frozenset(
     ]
 )
 _FUSED = ("optcpu.", "mkldnn.")
+_NOT_FUSED = operator_name(checked_index)
 
 
 @dataclass(frozen=True)
@@ -153,7 +155,7 @@ def fused(graphs: Sequence[GraphReport]) -> list[Fused]:
     found: Counter[tuple[str, str, str]] = Counter()
     for kind, stage in finals(graphs):
         for node in stage.nodes:
-            if node.operator.startswith(_FUSED):
+            if node.operator.startswith(_FUSED) and node.operator != _NOT_FUSED:
                 found[node.operator, _activation(node), kind] += 1
     return [Fused(operator, detail, kind, n) for (operator, detail, kind), n in found.items()]
 

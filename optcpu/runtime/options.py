@@ -196,6 +196,8 @@ class TrainerOptions(Options):
         weights: how weights are stored, as in :func:`optcpu.optimize`.
         layout: how stored weights are laid out for products, as in :func:`optcpu.optimize`.
         compile: whether the model is compiled; without it, it runs eagerly.
+        compile_loss: whether the loss is compiled with the model, as one graph; None does so with optcpu's
+            own, such as the default one, and leaves yours as it is.
         dynamic: compile one graph for all shapes rather than one for each.
         activation_memory: how much of the activations' memory may be used, as in :func:`optcpu.optimize`.
         update_in_backward: update each parameter as soon as its gradient is complete.
@@ -232,6 +234,7 @@ class TrainerOptions(Options):
     weights: Literal["auto", "fp32", "split", "bf16"] = "auto"
     layout: Literal["auto", "native", "ipex", "none"] = "auto"
     compile: bool = True
+    compile_loss: bool | None = None
     dynamic: bool = False
     activation_memory: float = Field(1.0, ge=0, le=1)
     update_in_backward: bool = False
@@ -265,6 +268,8 @@ class TrainerOptions(Options):
                 "activation_memory needs compile: an eager model keeps what it keeps; wrap its blocks in "
                 "torch.utils.checkpoint, or compile it"
             )
+        if self.compile_loss and not self.compile:
+            raise ValueError("compile_loss needs compile: the loss is compiled with the model")
         if self.update_in_backward and self.max_grad_norm is not None:
             raise ValueError(
                 "update_in_backward and max_grad_norm exclude each other: the norm of the whole "

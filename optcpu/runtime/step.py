@@ -13,8 +13,9 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from optcpu.errors import OptcpuError
-from optcpu.measure.batches import Batch, Loss, as_batches, call_model, describe_call, units_in
+from optcpu.measure.batches import Batch, Loss, as_batches, describe_call, units_in
 from optcpu.optim.lookahead import Lookahead
+from optcpu.runtime.objective import objective
 from optcpu.runtime.world import World
 
 
@@ -95,6 +96,7 @@ class StepRunner:
         check_gradients: look whether the gradient is finite, also where no norm is needed.
         local_steps: steps that each process makes by itself before all average their weights; None adds
             up the gradients of all processes in each step.
+        compile_loss: whether the loss may be compiled with the model.
     """
 
     def __init__(
@@ -107,8 +109,10 @@ class StepRunner:
         max_grad_norm: float | None,
         check_gradients: bool,
         local_steps: int | None = None,
+        compile_loss: bool = False,
     ) -> None:
-        self._model, self._optimizer, self._loss, self._world = model, optimizer, loss, world
+        self._optimizer, self._world = optimizer, world
+        self._objective = objective(model, loss, compile_loss=compile_loss)
         self._max_grad_norm, self._check_gradients = max_grad_norm, check_gradients
         self._trained = trained_parameters(model, loss)
         # An optimizer may have parameters that these have not, and the other way round.
@@ -122,7 +126,7 @@ class StepRunner:
     def run_micro_batch(self, step: MicroBatches) -> None:
         """Forward and backward of the next micro-batch of ``step``; its gradient is added."""
         batch = step.batches[step.done]
-        loss = self._loss(call_model(self._model, batch), batch)
+        loss = self._objective(batch)
         if not isinstance(loss, Tensor) or loss.numel() != 1:
             what = tuple(loss.shape) if isinstance(loss, Tensor) else type(loss).__name__
             raise TypeError(

@@ -38,6 +38,7 @@ from optcpu.runtime.freezing.freezer import DynamicFreezer
 from optcpu.runtime.loop import Loop
 from optcpu.runtime.metrics_log import MetricsLog
 from optcpu.runtime.modes import modes_kept
+from optcpu.runtime.objective import is_own
 from optcpu.runtime.options import OptimizerOptions, ScheduleOptions, TrainerOptions, read_options
 from optcpu.runtime.placement import settle
 from optcpu.runtime.run import Position, Run
@@ -315,6 +316,7 @@ class Trainer:
         return results
 
     def _runner(self) -> StepRunner:
+        compile_loss = self.options.compile_loss
         return StepRunner(
             self.model,
             self.optimizer,
@@ -323,6 +325,7 @@ class Trainer:
             max_grad_norm=self.options.max_grad_norm,
             check_gradients=self.options.on_nan != "stop",  # there the next loss, or the end, tells
             local_steps=self.options.local_steps,
+            compile_loss=is_own(self._loss) if compile_loss is None else compile_loss,
         )
 
     def _make_run(self) -> Run:
