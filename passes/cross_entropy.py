@@ -30,16 +30,15 @@ class ChunkCrossEntropy(Pass):
         l = mm(x[rows], permute(w)); y[rows] = gather(log_softmax(l), t[rows])
         d = softmax(l) - one_hot(t[rows]); dx[rows] = mm(d, w); dw += mm(permute(d), x[rows])
 
-    and behind them ``loss = mean(-y)``, ``dx *= dloss / N``, ``dw *= dloss / N``. The gradients need nothing
-    but a factor of what comes from above, so that they can be computed while a piece is there; no product
-    is computed twice. Between forward and backward dx and dw are kept in place of the logits, which have as
-    many elements as rows times classes.
+    and behind them ``loss = mean(-y)``, ``dx *= dloss / N``, ``dw *= dloss / N``. The gradients need
+    nothing from above but a factor, so that they can be computed while a piece is there; no product is
+    computed twice. What is kept between forward and backward is dx and dw in place of N x V logits.
 
     Left alone are logits that something else uses (the model's output, say), class weights, label
     smoothing, symbolic sizes, and what takes less memory than ``largest_logits``. Fires once for each
     cross entropy.
 
-    Source: Hsu et al., "Liger Kernel" (arXiv 2410.10989), section 3.2, FusedLinearCrossEntropy.
+    Source: Hsu et al., "Liger Kernel" (arXiv 2410.10989), FusedLinearCrossEntropy.
 
     Args:
         largest_logits: of one piece in FP32, in bytes.
@@ -170,19 +169,22 @@ def _match_gradient(softmax: fx.Node) -> _Gradient | None:
 
 def _users_by_rows(gradient: fx.Node) -> list[fx.Node] | None:
     """What uses the gradient of the logits; None if one of them needs all rows at once."""
-    users = []
+    users: list[fx.Node] = []
     for user in gradient.users:
-        if is_call(user, aten.permute.default) and list(user.args[1]) == [1, 0]:
-            if not all(is_call(inner, aten.mm.default) and inner.args[0] is user for inner in user.users):
+        if is_call(user, aten.permute.default) and user.args[1] == [1, 0]:
+            products = list(user.users)
+            if not all(is_call(p, aten.mm.default) and p.args[0] is user for p in products):
                 return None
-            users += user.users
-        elif is_call(user, aten.mm.default):
-            users.append(user)
-        elif is_call(user, aten.sum.dim_IntList) and list(user.args[1]) == [_ROWS]:
+            users += products
+        elif is_call(user, aten.mm.default) or _sums_rows(user):
             users.append(user)
         else:
             return None
     return users
+
+
+def _sums_rows(node: fx.Node) -> bool:
+    return is_call(node, aten.sum.dim_IntList) and node.args[1] == [_ROWS]
 
 
 def _pieces(rows: int, least: int) -> list[tuple[int, int]]:

@@ -100,8 +100,10 @@ def test_stopped_again_and_again(tmp_path: Path) -> None:
 
 def test_bf16_weights_and_state(tmp_path: Path) -> None:
     given: dict[str, Any] = {
-        **{"compile": True, "compile_loss": False},  # the loss is another where the run stops
-        **{"precision": "fp32", "state_dtype": torch.bfloat16},
+        "compile": True,
+        "compile_loss": False,  # the loss is another one where the run stops
+        "precision": "fp32",
+        "state_dtype": torch.bfloat16,
     }
     for weights in ("split", "bf16"):
         folder = tmp_path / weights
