@@ -43,6 +43,7 @@ def default_passes(precision: Precision = "bf16") -> list[p.Pass]:
         *(in_bf16 if precision == "bf16" else []),
         p.PoolBackwardBySize(),
         p.ReadUpperHalves(),
+        p.AddEmbeddingGradient(),
         # On each of the two by itself:
         p.UnfoldAttentionBackward(),
         p.FuseLinearBackward(rounded_bias=precision == "bf16"),

@@ -8,6 +8,7 @@ from passes.canonicalize import Canonicalize
 from passes.casts import CancelCasts, HoistDowncasts, ShareWeightCasts, SinkUpcasts
 from passes.convolution import SubsampleForWeightGradient
 from passes.cross_entropy import ChunkCrossEntropy
+from passes.embedding import AddEmbeddingGradient
 from passes.halves import GradientsInBf16, ReadUpperHalves
 from passes.indices import CheckIndices
 from passes.linear import FuseLinear, RouteProducts
@@ -19,6 +20,7 @@ from passes.precision import POLICY, InsertCasts
 __all__ = [
     "KEPT_WHOLE",
     "POLICY",
+    "AddEmbeddingGradient",
     "Blocks",
     "CancelCasts",
     "Canonicalize",

@@ -123,16 +123,18 @@ def expand_activations(graph: fx.Graph) -> int:
     """
     fired = 0
     for node in calls(graph, *ACTIVATION_EXPANSIONS):
-        _expand(node, ACTIVATION_EXPANSIONS[node.target])
+        formula = ACTIVATION_EXPANSIONS[node.target]
+        if value(node).is_complex():
+            formula = select_decomp_table()[node.target]  # ours are those of real numbers
+        write_out(node, formula)
         fired += 1
     return fired
 
 
-def _expand(node: fx.Node, formula: Callable[..., Tensor]) -> None:
+def write_out(node: fx.Node, formula: Callable[..., Tensor]) -> None:
+    """Replace ``node`` by the operators of ``formula``, which takes its tensors before all else."""
     expected = value(node)
     table = select_decomp_table()
-    if expected.is_complex():
-        formula = table[node.target]  # ours are those of real numbers
     tensors = [arg for arg in node.args if isinstance(arg, fx.Node)]
     scalars = [arg for arg in node.args if not isinstance(arg, fx.Node)]
 

@@ -26,23 +26,25 @@ from typing import Any
 
 import torch
 from torch import fx
+from torch._inductor.decomposition import select_decomp_table
 
 from passes import ops
-from passes.activations import ACTIVATION_EXPANSIONS, expand_activations
+from passes.activations import ACTIVATION_EXPANSIONS, expand_activations, write_out
 from passes.convolution import call_native_backward
+from passes.embedding import EMBEDDING_BACKWARD, add_in_place
 from passes.gemm import is_small
 from passes.graph import aten, calls, cast, emit, likely_size, value
 from passes.pooling import MAX_POOL_BACKWARD, expand_backward
 
 # What PyTorch would decompose while it captures a graph, and passes want to see as it is.
-KEPT_WHOLE: tuple[Any, ...] = (*ACTIVATION_EXPANSIONS, MAX_POOL_BACKWARD)
+KEPT_WHOLE: tuple[Any, ...] = (*ACTIVATION_EXPANSIONS, MAX_POOL_BACKWARD, EMBEDDING_BACKWARD)
 
 
 def lower(graph: fx.Graph) -> int:
     """Write out what generated code computes better than a call, and the other way round.
 
     Small products, activations and the backward of max-pools whose windows do not overlap are written
-    out; that of other max-pools and of convolutions becomes a call.
+    out; that of other max-pools and of convolutions becomes a call. Rows are added where their table is.
 
     Returns:
         How many fused operators were written out.
@@ -50,7 +52,10 @@ def lower(graph: fx.Graph) -> int:
     fired = expand_small_products(graph)
     expand_activations(graph)
     expand_backward(graph)
+    for node in calls(graph, EMBEDDING_BACKWARD):
+        write_out(node, select_decomp_table()[EMBEDDING_BACKWARD])
     call_native_backward(graph)
+    add_in_place(graph)
     return fired
 
 
