@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import operator
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import Any
 
 import torch
 from torch import Tensor, fx
@@ -87,14 +87,14 @@ class AddEmbeddingGradient(Pass):
         dw = add_rows(mm(permute(dl), x), tokens, d)
         de = add_rows(full([50257, 768], 0, bf16), tokens, d)
 
-    which touches the rows of the tokens alone (:func:`add_in_place`). Left alone are tables of fewer than
-    ``smallest_table`` numbers, and gradients that count how often a token comes. Fires once for each table.
+    which touches the rows of the tokens alone (:func:`add_in_place`). In FP32 only the order of adding
+    changes; in BF16 these rows are rounded before and after, as every row is at least once. Left alone
+    are tables of fewer than ``smallest_table`` numbers, and gradients that count how often a token comes.
+    Fires once for each table.
 
     Args:
         smallest_table: rows times width; below, generated code takes microseconds for all of it.
     """
-
-    changes_numerics: ClassVar[bool] = True  # a BF16 row of the other gradient is rounded twice
 
     smallest_table: int = 2**18
 
