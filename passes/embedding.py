@@ -159,7 +159,7 @@ def add_in_place(graph: fx.Graph) -> int:
     fired = 0
     for node in calls(graph, add_rows):
         table = node.args[0]
-        if isinstance(table, fx.Node) and _is_owned(table):
+        if isinstance(table, fx.Node) and _is_owned(table, node):
             with graph.inserting_before(node):
                 emit(node, add_rows_, *node.args)
                 node.replace_all_uses_with(table)
@@ -168,14 +168,14 @@ def add_in_place(graph: fx.Graph) -> int:
     return fired
 
 
-def _is_owned(table: fx.Node) -> bool:
-    """Whether the memory of ``table`` is new, and for its only user."""
+def _is_owned(table: fx.Node, user: fx.Node) -> bool:
+    """Whether the memory of ``table`` is new, and for ``user`` alone but for what was added before."""
     source = table.args[0] if is_call(table, operator.getitem) else table
     return (
         isinstance(source, fx.Node)
         and source.op == "call_function"
         and not may_alias(source)
-        and len(table.users) == 1
+        and all(other is user or is_call(other, add_rows_) for other in table.users)
         and value(table).is_contiguous()
     )
 

@@ -184,6 +184,24 @@ def test_a_new_table_is_written_in_place() -> None:
     torch.testing.assert_close(module(*inputs), total(*inputs))
 
 
+def test_two_lookups_are_added_to_one_table() -> None:
+    class Twice(Tied):
+        def forward(self, tokens: Tensor) -> Tensor:
+            hidden = self.tokens(tokens) + self.tokens(tokens.flip(1))
+            return nn.functional.linear(torch.tanh(hidden), self.tokens.weight)
+
+    model = Twice()
+    result = assert_parity(model, TOKENS, passes=PASSES)
+    assert result.fired("add-embedding-gradient") == 2
+    (graph,) = (g.final for g in result.record.graphs if g.kind == "backward")
+    assert graph is not None
+    assert add_in_place(graph) == 2
+    _, gradients = step(model, model, TOKENS)
+    compiled = torch.compile(model, backend=Backend(Pipeline.of(PASSES), fallback=False))
+    _, got = step(compiled, model, TOKENS)
+    torch.testing.assert_close(got, gradients)
+
+
 @pytest.mark.parametrize(
     "function",
     [
