@@ -114,6 +114,7 @@ def _match(picked: fx.Node) -> _CrossEntropy | None:
     assert isinstance(logits, fx.Node)
     assert isinstance(exp, fx.Node)
     plain = not logits.kwargs and all(isinstance(s, int) for s in value(logits).shape)
+    plain = plain and (is_call(logits, aten.mm.default) or value(logits.args[0]).dim() == 1)
     inner = {logits: {largest, centered}, centered: {exp, log_softmax}, exp: {_only(exp)}}
     backward = [user for user in log_softmax.users if user is not picked]
     if (
@@ -180,7 +181,7 @@ def _users_by_rows(gradient: fx.Node) -> list[fx.Node] | None:
             users.append(user)
         else:
             return None
-    return users
+    return users if len(set(users)) == len(users) else None
 
 
 def _sums_rows(node: fx.Node) -> bool:

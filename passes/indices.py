@@ -94,7 +94,7 @@ class CheckIndices(Pass):
             table, indices = node.args
             for axis, index in enumerate(indices):  # type: ignore[arg-type, var-annotated]
                 # A mask takes as many axes as it has: what follows it stands elsewhere.
-                if dtype(index) == torch.bool:
+                if dtype(index) in (torch.bool, torch.uint8):
                     break
                 if index is not None and _comes_with_data(index):
                     fired += _check(node, index, table, axis, wraps=True)

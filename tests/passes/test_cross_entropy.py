@@ -198,6 +198,17 @@ def test_near_miss(loss: Any) -> None:
     assert result.fired("chunk-cross-entropy") == 0
 
 
+def test_near_miss_a_bias_for_each_row() -> None:
+    class Residual(Classifier):
+        def forward(self, x: Tensor, target: Tensor) -> Tensor:
+            hidden = torch.tanh(self.body(x))
+            residual = x.sum(1, keepdim=True).expand(ROWS, CLASSES)
+            return F.cross_entropy(torch.addmm(residual, hidden, self.head.weight.t()), target)
+
+    result = assert_parity(Residual(bias=False), *batch(), passes=PASSES)
+    assert result.fired("chunk-cross-entropy") == 0
+
+
 def test_near_miss_small_logits() -> None:
     passes = [Canonicalize(), ChunkCrossEntropy(4 * QUARTER)]
     assert run(Classifier(), *batch(), passes=passes).fired("chunk-cross-entropy") == 0

@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Tensor, fx, nn
 
 import optcpu
 from passes import CheckIndices
@@ -108,8 +108,16 @@ def test_near_miss_what_the_graph_computes_itself(pick: Any) -> None:
 
 
 def test_near_miss_a_mask_is_no_index() -> None:
-    module = traced(lambda x, mask: torch.where(mask, x, 0.0), torch.randn(3), torch.ones(3) > 0)
-    assert rewritten(CheckIndices(), module) == 0
+    graph = fx.Graph()
+    x, mask, rows = (graph.placeholder(name) for name in ("x", "mask", "rows"))
+    picked = graph.call_function(torch.ops.aten.index.Tensor, (x, [mask, rows]))
+    graph.output(picked)
+    module = fx.GraphModule({}, graph)
+    values = torch.randn(1, 3, 4), torch.ones(1, 3, dtype=torch.uint8), torch.tensor([3, 0, 9])
+    for kind in (torch.bool, torch.uint8):
+        for node, value in zip((x, mask, rows), values, strict=True):
+            node.meta["val"] = value.to(kind) if node is mask else value
+        assert rewritten(CheckIndices(), module) == 0
 
 
 @pytest.mark.parametrize("dynamic", [False, True])
