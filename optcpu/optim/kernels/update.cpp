@@ -47,6 +47,7 @@ namespace {
 // A block is 256 bytes of each of its tensors, as many lines as the processor can ask memory for at once.
 constexpr int64_t kBlock = 128;  // of 2-byte numbers
 constexpr int64_t kFloatBlock = 64;
+constexpr int64_t kLongBlock = 1024;  // of numbers that are not copied into a Block
 
 float as_float(uint32_t bits) {
   float value;
@@ -214,6 +215,51 @@ void sgd_block(const Parameter& p, int64_t start, Block& b) {
   store_weight(p, start, b);
 }
 
+// The same where all numbers are FP32: there is nothing to decode, and each is read and written where it is.
+bool is_all_floats(const Parameter& p) {
+  for (const Stored* one : {&p.weight, &p.gradient, &p.first, &p.second})
+    if (one->data && one->format != kFloat) return false;
+  return !p.maximum.data && !p.slow.data;
+}
+
+float* floats(const Stored& of, int64_t start) { return static_cast<float*>(of.data) + start; }
+
+void adam_floats(const Parameter& p, int64_t start, int64_t n) {
+  float* __restrict weight = floats(p.weight, start);
+  float* __restrict first = floats(p.first, start);
+  float* __restrict second = floats(p.second, start);
+  const float* __restrict gradient = floats(p.gradient, start);
+  const float scale = p.gradient_scale, decay = p.coupled_decay, shrink = p.shrink;
+  const float rest1 = p.rest1, beta2 = p.beta2, rest2 = p.rest2;
+  const float step_size = p.step_size, root_scale = p.root_scale, epsilon = p.epsilon;
+  for (int64_t i = 0; i < n; i++) {
+    const float g = gradient[i] * scale + decay * weight[i];
+    first[i] += (g - first[i]) * rest1;
+    second[i] = second[i] * beta2 + g * g * rest2;
+    weight[i] = weight[i] * shrink -
+                step_size * first[i] / (std::sqrt(second[i]) * root_scale + epsilon);
+  }
+}
+
+void sgd_floats(const Parameter& p, int64_t start, int64_t n) {
+  float* __restrict weight = floats(p.weight, start);
+  const float* __restrict gradient = floats(p.gradient, start);
+  const float scale = p.gradient_scale, decay = p.coupled_decay, step_size = p.step_size;
+  if (!p.first.data) {
+    for (int64_t i = 0; i < n; i++)
+      weight[i] -= step_size * (gradient[i] * scale + decay * weight[i]);
+    return;
+  }
+  float* __restrict first = floats(p.first, start);
+  const float momentum = p.beta1, rest = p.rest1, ahead = p.nesterov ? momentum : 1;
+  const float of_gradient = p.nesterov ? 1 : 0;
+  for (int64_t i = 0; i < n; i++) {
+    const float g = gradient[i] * scale + decay * weight[i];
+    first[i] = momentum * first[i] + rest * g;
+    weight[i] -= step_size * (of_gradient * g + ahead * first[i]);
+  }
+}
+
 // The update before it is scaled, in place of the gradient. Shrinks the weight.
 void lamb_update(const Parameter& p, Block& b) {
   const float shrink = p.shrink, decay = p.update_decay, step_size = p.step_size;
@@ -241,19 +287,21 @@ int64_t block_size(const Parameter& p) {
   return has_floats ? kFloatBlock : kBlock;
 }
 
-int64_t blocks_of(const Parameter& p) { return (p.size + block_size(p) - 1) / block_size(p); }
+int64_t blocks_of(const Parameter& p, int64_t length) { return (p.size + length - 1) / length; }
 
-// Calls body(tensor, index of the block among all, first element, block) for every block.
-template <class Body>
-void for_each_block(const Parameter* parameters, int64_t count, const Body& body) {
+// Calls body(tensor, index of the block among all, first element, block) for every block; length_of(tensor)
+// is the size of its blocks.
+template <class Body, class Length>
+void for_each_block(const Parameter* parameters, int64_t count, const Length& length_of, const Body& body) {
   std::vector<int64_t> first(count + 1, 0);
-  for (int64_t t = 0; t < count; t++) first[t + 1] = first[t] + blocks_of(parameters[t]);
+  for (int64_t t = 0; t < count; t++)
+    first[t + 1] = first[t] + blocks_of(parameters[t], length_of(parameters[t]));
   at::parallel_for(0, first[count], 1, [&](int64_t begin, int64_t end) {
     Block block;
     int64_t t = std::upper_bound(first.begin(), first.end(), begin) - first.begin() - 1;
     for (int64_t index = begin; index < end; index++) {
       while (index >= first[t + 1]) t++;
-      const int64_t length = block_size(parameters[t]), start = (index - first[t]) * length;
+      const int64_t length = length_of(parameters[t]), start = (index - first[t]) * length;
       block.size = std::min(length, parameters[t].size - start);
       body(parameters[t], index, start, block);
     }
@@ -265,30 +313,36 @@ void for_each_block(const Parameter* parameters, int64_t count, const Body& body
 template <int kSums, class Body>
 std::vector<double> sum_blocks(const Parameter* parameters, int64_t count, const Body& body) {
   int64_t total = 0;
-  for (int64_t t = 0; t < count; t++) total += blocks_of(parameters[t]);
+  for (int64_t t = 0; t < count; t++) total += blocks_of(parameters[t], block_size(parameters[t]));
   std::vector<double> partial(total * kSums), sums(count * kSums, 0);
-  for_each_block(parameters, count, [&](const Parameter& p, int64_t index, int64_t start, Block& block) {
+  for_each_block(parameters, count, block_size, [&](const Parameter& p, int64_t index, int64_t start, Block& block) {
     body(p, start, block, &partial[index * kSums]);
   });
   int64_t index = 0;
   for (int64_t t = 0; t < count; t++)
-    for (int64_t i = 0; i < blocks_of(parameters[t]); i++, index++)
+    for (int64_t i = 0; i < blocks_of(parameters[t], block_size(parameters[t])); i++, index++)
       for (int s = 0; s < kSums; s++) sums[t * kSums + s] += partial[index * kSums + s];
   return sums;
+}
+
+// Calls of_floats(parameter, start, size) or of_block(parameter, start, block), whichever fits a parameter.
+template <class OfFloats, class OfBlock>
+void update(const Parameter* parameters, int64_t count, const OfFloats& of_floats, const OfBlock& of_block) {
+  const auto length_of = [](const Parameter& p) { return is_all_floats(p) ? kLongBlock : block_size(p); };
+  for_each_block(parameters, count, length_of, [&](const Parameter& p, int64_t, int64_t start, Block& block) {
+    if (is_all_floats(p)) of_floats(p, start, block.size);
+    else of_block(p, start, block);
+  });
 }
 
 }  // namespace
 
 extern "C" void adam(const Parameter* parameters, int64_t count) {
-  for_each_block(parameters, count, [](const Parameter& p, int64_t, int64_t start, Block& block) {
-    adam_block(p, start, block);
-  });
+  update(parameters, count, adam_floats, adam_block);
 }
 
 extern "C" void sgd(const Parameter* parameters, int64_t count) {
-  for_each_block(parameters, count, [](const Parameter& p, int64_t, int64_t start, Block& block) {
-    sgd_block(p, start, block);
-  });
+  update(parameters, count, sgd_floats, sgd_block);
 }
 
 // The norms need all of a tensor before any of it may change: one pass for the moments and norms, one
@@ -312,7 +366,7 @@ extern "C" void lamb(const Parameter* parameters, int64_t count) {
     const bool adapts = limit >= 0 && weight > 0 && update > 0;
     scale[t] = float(parameters[t].lr * (adapts ? std::min(weight / update, limit) : 1));
   }
-  for_each_block(parameters, count, [&](const Parameter& p, int64_t, int64_t start, Block& block) {
+  for_each_block(parameters, count, block_size, [&](const Parameter& p, int64_t, int64_t start, Block& block) {
     decode(p.weight, start, block.size, block.weight);
     load_moments(p, start, block);
     lamb_update(p, block);
