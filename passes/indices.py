@@ -148,6 +148,7 @@ def _place_of(node: fx.Node) -> str:
         path, kind = modules[-1]
         if getattr(kind, "__module__", "").startswith("torch.nn."):
             name = re.sub(r"^L\['\w+'\]\.(__self__\.)?", "", path)
+            name = re.sub(r"_modules\['([^']+)'\]", r"\1", name)  # as PyTorch 2.8 writes it
             return f" in {kind.__name__} {name!r}"
     trace = str(node.meta.get("stack_trace") or "").strip().splitlines()
     lines = [
