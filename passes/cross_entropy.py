@@ -11,7 +11,7 @@ import torch
 from torch import fx
 
 from passes.base import Pass
-from passes.graph import aten, calls, cast, dtype, emit, is_call, value
+from passes.graph import aten, calls, cast, dtype, emit, is_call, only_user, value
 
 _ROWS, _CLASSES = 0, 1
 
@@ -115,7 +115,7 @@ def _match(picked: fx.Node) -> _CrossEntropy | None:
     assert isinstance(exp, fx.Node)
     plain = not logits.kwargs and all(isinstance(s, int) for s in value(logits).shape)
     plain = plain and (is_call(logits, aten.mm.default) or value(logits.args[0]).dim() == 1)
-    inner = {logits: {largest, centered}, centered: {exp, log_softmax}, exp: {_only(exp)}}
+    inner = {logits: {largest, centered}, centered: {exp, log_softmax}, exp: {only_user(exp)}}
     backward = [user for user in log_softmax.users if user is not picked]
     if (
         not plain
@@ -136,12 +136,12 @@ def _match_gradient(softmax: fx.Node) -> _Gradient | None:
 
     ``g - softmax * sum(g)``, where ``g = scatter(0, target, -1) * where(counts, factor, 0)``.
     """
-    product = _only(softmax)
+    product = only_user(softmax)
     if not is_call(softmax, aten.exp.default) or not is_call(product, aten.mul.Tensor):
         return None
     total = product.args[1]
     at_target = _argument(total, aten.sum.dim_IntList)
-    result = _only(product)
+    result = only_user(product)
     if (
         product.args[0] is not softmax
         or not is_call(at_target, aten.mul.Tensor)
@@ -308,12 +308,6 @@ def _argument(node: Any, target: Any) -> Any:
         if over != [_CLASSES] or node.args[2:] != (True,):
             return None
     return node.args[0]
-
-
-def _only(node: Any) -> Any:
-    """The only user of ``node``; None if there are more or fewer."""
-    users = list(node.users) if isinstance(node, fx.Node) else []
-    return users[0] if len(users) == 1 else None
 
 
 def _number(node: Any) -> Any:

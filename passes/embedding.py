@@ -9,13 +9,23 @@ from __future__ import annotations
 
 import operator
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from torch import Tensor, fx
 
 from passes.base import Pass
-from passes.graph import aten, calls, cast, dtype, emit, is_call, is_cast, may_alias, value
+from passes.graph import (
+    aten,
+    calls,
+    cast,
+    dtype,
+    emit,
+    is_call,
+    is_cast,
+    may_alias,
+    only_user,
+    value,
+)
 
 EMBEDDING_BACKWARD = aten.embedding_dense_backward.default
 
@@ -111,9 +121,9 @@ class AddEmbeddingGradient(Pass):
 def _rewrite(node: fx.Node) -> bool:
     """Replace what ``node`` is used for, if that can be done without the whole table."""
     gradient, rows, _, padding, _ = node.args
-    user = _only(node)
+    user = only_user(node)
     total = user if is_call(user, aten.add.Tensor) and not user.kwargs else None
-    result = user if total is None else _only(total)
+    result = user if total is None else only_user(total)
     narrow = is_cast(result) and dtype(result) == torch.bfloat16
     if total is None and not narrow:
         return False
@@ -136,12 +146,6 @@ def _rewrite(node: fx.Node) -> bool:
                 return False
         replaced.replace_all_uses_with(emit(node, add_rows, table, rows, gradient, padding))
     return True
-
-
-def _only(node: Any) -> Any:
-    """The only user of ``node``; None if there are more or fewer."""
-    users = list(node.users) if isinstance(node, fx.Node) else []
-    return users[0] if len(users) == 1 else None
 
 
 def _other(total: fx.Node, node: fx.Node) -> fx.Node:

@@ -70,6 +70,12 @@ def is_view(node: Any) -> bool:
     return is_call(node, *VIEWS)
 
 
+def only_user(node: Any) -> Any:
+    """The only user of ``node``; None if it has more or none, or is no node."""
+    users = list(node.users) if isinstance(node, fx.Node) else []
+    return users[0] if len(users) == 1 else None
+
+
 def emit(origin: fx.Node, target: Callable[..., Any], *args: Any, **kwargs: Any) -> fx.Node:
     """Insert a call at the graph's insertion point, in the name of ``origin``.
 
