@@ -55,12 +55,13 @@ torch.library.register_fake(
 
 checked_index = torch.ops.optcpu.checked_index.default
 
-# Give the elements of one tensor another order or shape, or some of them several times.
+# Give all elements of a tensor another order or shape, or have them several times. (Where only a part is
+# taken, the rest may be anything: another column of features, say.)
 _RESHAPING = (
     *VIEWS,
     *(aten.unsqueeze.default, aten.squeeze.dim, aten.squeeze.dims, aten.squeeze.default),
     *(aten.expand.default, aten.permute.default, aten.transpose.int, aten.t.default),
-    *(aten.clone.default, aten.alias.default, aten.slice.Tensor, aten.select.int),
+    *(aten.clone.default, aten.alias.default),
 )
 
 
@@ -151,9 +152,8 @@ def _place_of(node: fx.Node) -> str:
             name = re.sub(r"_modules\['([^']+)'\]", r"\1", name)  # as PyTorch 2.8 writes it
             return f" in {kind.__name__} {name!r}"
     trace = str(node.meta.get("stack_trace") or "").strip().splitlines()
-    lines = [
-        line.strip() for line in trace if line.strip(" ^~")
-    ]  # which mark a part of the one above
+    # A line of marks follows the one of which it marks a part.
+    lines = [line.strip() for line in trace if line.strip(" ^~")]
     return f" in `{lines[-1]}`" if lines else ""
 
 

@@ -81,6 +81,19 @@ def test_each_number_is_looked_at_once_where_an_index_is_expanded() -> None:
     assert torch.equal(module(x, TOKENS), pick(x, TOKENS))
 
 
+@pytest.mark.parametrize("part", [lambda t: t[:, 0], lambda t: t[:, :-1]], ids=["one", "slice"])
+def test_what_a_part_leaves_out_may_be_anything(part: Any) -> None:
+    def look_up(weight: Tensor, columns: Tensor) -> Tensor:
+        return F.embedding(part(columns), weight)
+
+    weight, columns = torch.randn(5, 4), torch.tensor([[1, 2, 900], [4, 0, -100]])
+    module = traced(look_up, weight, columns)
+    assert rewritten(CheckIndices(), module) == 1
+    assert torch.equal(module(weight, columns), look_up(weight, columns))
+    with pytest.raises(IndexError, match="index 7 is out of range"):
+        module(weight, torch.tensor([[1, 2, 0], [7, 0, 0]]))
+
+
 def test_an_index_in_brackets_may_count_from_the_end() -> None:
     def pick(x: Tensor, rows: Tensor) -> Tensor:
         return x[:, rows]
