@@ -17,7 +17,7 @@ from optcpu.backend import Backend
 from optcpu.cpu import capabilities
 from optcpu.errors import OptcpuError, warn
 from optcpu.layout import Layout, checked_layout, keep_packed
-from optcpu.memory import keep_freed_memory
+from optcpu.memory import reuse_memory
 from optcpu.optim.weights import restore_weights
 from optcpu.pipeline import Pipeline, Precision, default_passes, resolve_precision
 from optcpu.record import Record
@@ -118,8 +118,8 @@ def optimize(
         passes: the rewrites to run, in order, in place of :func:`optcpu.default_passes`: passes, or
             functions ``(graph) -> count``.
         fallback: whether a part that cannot be compiled runs eagerly, with a warning, or raises.
-        keep_memory: keep freed memory in this process (:mod:`optcpu.memory`), which often halves the
-            step time; holds for the whole process.
+        keep_memory: keep freed memory in this process, and give large tensors a range of addresses of
+            their own (:mod:`optcpu.memory`), which often halves the step time; holds for the whole process.
         dynamic: as in :func:`torch.compile`: None compiles a size anew once when it changes and then for
             all sizes, True for all sizes from the start, False for each size.
         activation_memory: how much of the memory that activations take between forward and backward may
@@ -174,7 +174,7 @@ def optimize(
                 "training step will take several times longer than with precision='fp32'"
             )
         if keep_memory:
-            keep_freed_memory()
+            reuse_memory()
         model._compiled_call_impl = CompiledCall(model, settings)
     changed = optimizer is not None and take_over(model, optimizer, storage, state_dtype)
     if changed and present is not None:

@@ -36,6 +36,8 @@ _HOPELESS = 2.0  # times slower than the fastest: not worth another round
 _TIE = 1.05  # times this close to each other count as equal
 _SECONDS_PER_PRODUCT = 0.25
 _VECTOR = 16  # FP32 numbers in the longest vector register
+# A product is measured on a part of it that takes at least so many multiply-adds and numbers.
+_ENOUGH_WORK, _BEYOND_CACHES = 2**32, 2**23
 
 
 def _aten(a: Tensor, b: Tensor) -> Tensor:
@@ -100,8 +102,47 @@ def fastest(a: Tensor, b: Tensor, preferred: str) -> str:
     key = shape_key(a, b)
     if (known := _known(key)) in available:
         return known
-    runs = {name: functools.partial(kernel, a, b) for name, kernel in available.items()}
-    return choose(key, runs, preferred)
+    return remembered(key, lambda: _measured(a, b, preferred), lambda known: known in available)
+
+
+def _measured(a: Tensor, b: Tensor, preferred: str) -> str:
+    """The fastest kernel, found on a part of ``a @ b`` where the whole takes long."""
+    m, k, n = sample_sizes(a.shape[0], b.shape[0], b.shape[1])
+    a, b = _corner(a, m, k), _corner(b, k, n)
+    runs = {name: functools.partial(kernel, a, b) for name, kernel in kernels(a.dtype).items()}
+    return measure(runs, preferred)
+
+
+def sample_sizes(m: int, k: int, n: int) -> tuple[int, int, int]:
+    """Sizes of a product that takes less time, on which the kernels compare as on one of (m, k, n).
+
+    The longest is halved as long as there is work enough and the matrices fit no cache.
+    """
+    while m * k * n > _ENOUGH_WORK:
+        longest = max(m, k, n)
+        half = longest // 2 // _VECTOR * _VECTOR + longest % _VECTOR  # whole vectors stay whole
+        if m == longest:
+            smaller = half, k, n
+        elif k == longest:
+            smaller = m, half, n
+        else:
+            smaller = m, k, half
+        if _numbers(*smaller) < _BEYOND_CACHES <= _numbers(m, k, n):
+            break
+        m, k, n = smaller
+    return m, k, n
+
+
+def _numbers(m: int, k: int, n: int) -> int:
+    return m * k + k * n + m * n
+
+
+def _corner(matrix: Tensor, rows: int, columns: int) -> Tensor:
+    """The first numbers of ``matrix``, as dense and in the same order as it."""
+    if matrix.shape == (rows, columns):
+        return matrix
+    part = matrix[:rows, :columns]
+    return part.contiguous() if _order(matrix) == "n" else part.t().contiguous().t()
 
 
 def is_small(multiply_adds: int, dtype: torch.dtype) -> bool:

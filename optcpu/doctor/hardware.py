@@ -110,7 +110,11 @@ def check_allocator() -> Finding:
             "the C library has no mallopt: large tensors are mapped anew in every step",
             "preload tcmalloc or jemalloc (LD_PRELOAD), where the system has one",
         )
-    return Finding("allocator", "ok", "glibc, which optimize() tells to keep freed memory")
+    return Finding(
+        "allocator",
+        "ok",
+        "glibc, which optimize() tells to keep freed memory; large tensors get a range of their own",
+    )
 
 
 def check_huge_pages(

@@ -70,6 +70,63 @@ def test_a_choice_is_measured_once_and_read_by_later_processes(own_cache: Path) 
 
 
 @pytest.mark.parametrize(
+    ("sizes", "expected"),
+    [
+        ((128, 4608, 4608), (128, 4608, 4608)),  # quick enough as it is
+        ((256, 768, 50257), (256, 768, 12561)),
+        ((50257, 256, 768), (12561, 256, 768)),
+        ((256, 50257, 768), (256, 12561, 768)),
+        ((8192, 8192, 8192), (1024, 2048, 2048)),
+        ((2**20, 64, 64), (2**20, 64, 64)),  # half of it takes less work than can be told apart
+    ],
+)
+def test_long_products_are_measured_on_a_part(
+    sizes: tuple[int, int, int], expected: tuple[int, int, int]
+) -> None:
+    assert gemm.sample_sizes(*sizes) == expected
+
+
+@settings(max_examples=200)
+@given(st.tuples(*[st.integers(1, 2**18)] * 3))
+def test_a_part_takes_as_much_memory_as_caches_do_and_ends_like_the_whole(
+    sizes: tuple[int, int, int],
+) -> None:
+    m, k, n = part = gemm.sample_sizes(*sizes)
+    if part != sizes:
+        assert m * k * n > 2**30
+        assert all(0 < size <= whole for size, whole in zip(part, sizes, strict=True))
+        assert [size % 16 for size in part] == [size % 16 for size in sizes]
+
+
+@pytest.mark.parametrize("transposed", [(False, False), (True, False), (False, True)])
+def test_the_part_lies_in_memory_as_the_whole_does(
+    own_cache: Path, monkeypatch: pytest.MonkeyPatch, transposed: tuple[bool, bool]
+) -> None:
+    seen = []
+
+    def measure(runs: dict[str, Callable[[], torch.Tensor]], preferred: str) -> str:
+        seen.extend(run() for run in runs.values())
+        return preferred
+
+    monkeypatch.setattr(gemm, "_ENOUGH_WORK", 2**21)
+    monkeypatch.setattr(gemm, "_BEYOND_CACHES", 2**10)
+    monkeypatch.setattr(gemm, "measure", measure)
+    a, b = (
+        oriented(rows, columns, torch.float32, t)
+        for rows, columns, t in zip((300, 250), (250, 203), transposed, strict=True)
+    )
+    assert gemm.fastest(a, b, "aten") == "aten"
+    m, k, n = gemm.sample_sizes(300, 250, 203)
+    assert m * k * n < 300 * 250 * 203
+    assert len(seen) == len(gemm.kernels(torch.float32))
+    for product in seen:
+        torch.testing.assert_close(product, a[:m, :k] @ b[:k, :n], rtol=1e-4, atol=1e-4)
+    corner = gemm._corner(a, m, k)
+    assert gemm._order(corner) == gemm._order(a)
+    assert corner.numel() * 4 <= corner.untyped_storage().nbytes() == m * k * 4
+
+
+@pytest.mark.parametrize(
     "content", ["", "{", "[]", '{"256x256x256 nn float32 2": "no such kernel"}']
 )
 def test_a_damaged_file_is_measured_anew(own_cache: Path, content: str) -> None:

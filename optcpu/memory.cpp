@@ -1,0 +1,171 @@
+// An allocator for large tensors: what one training step frees, the next one is given again.
+//
+// PyTorch asks the C library for aligned memory. glibc cuts that from a longer piece, and the ends that it
+// puts back go to whoever asks for a few bytes next: then the hole that a tensor leaves is too short for the
+// next tensor of the same size, and the heap grows to about twice of what is ever in use. Here large tensors
+// share one range of addresses with nothing else. Each takes the smallest free block that holds it; free
+// neighbours are one block. The range is backed by huge pages where the system has them.
+
+#include <c10/core/CPUAllocator.h>
+#include <pthread.h>
+#include <sys/mman.h>
+#include <unistd.h>
+
+#include <algorithm>
+#include <cstdint>
+#include <iterator>
+#include <map>
+#include <mutex>
+#include <set>
+#include <unordered_map>
+#include <utility>
+
+namespace {
+
+constexpr size_t kLarge = size_t{1} << 20;  // smaller tensors are the C library's
+constexpr size_t kLine = 64;                // of the caches: tensors begin at its multiples
+constexpr size_t kLeast = size_t{1} << 16;  // what is left of a block and shorter stays a part of it
+constexpr size_t kHugePage = size_t{1} << 21;
+constexpr size_t kGrowth = size_t{1} << 26;
+constexpr size_t kLeastRange = size_t{1} << 30;
+
+size_t rounded_up(size_t size, size_t unit) { return (size + unit - 1) / unit * unit; }
+
+class Range {
+ public:
+  // Reserves addresses, which take no memory; false where the system gives none.
+  bool reserve() {
+    const auto memory = static_cast<size_t>(sysconf(_SC_PHYS_PAGES)) * sysconf(_SC_PAGE_SIZE);
+    for (size_t size = 4 * rounded_up(memory, kGrowth); size >= kLeastRange; size /= 2) {
+      void* found = mmap(nullptr, size + kHugePage, PROT_NONE,
+                         MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
+      if (found == MAP_FAILED) continue;
+      begin_ = end_ = reinterpret_cast<char*>(
+          rounded_up(reinterpret_cast<uintptr_t>(found), kHugePage));
+      limit_ = begin_ + size / kHugePage * kHugePage;
+      madvise(begin_, limit_ - begin_, MADV_HUGEPAGE);  // where there are none, it does no harm
+      return true;
+    }
+    return false;
+  }
+
+  // Null where no addresses or no memory are left.
+  void* allocate(size_t bytes) {
+    // One line more: tensors of one size would else begin at the same place of every page, and what a
+    // kernel reads of several of them would compete for the same lines of the caches.
+    const size_t size = rounded_up(bytes, kLine) + kLine;
+    const std::lock_guard<std::mutex> guard(mutex_);
+    auto found = free_by_size_.lower_bound({size, nullptr});
+    if (found == free_by_size_.end()) {
+      if (!grow(size)) return nullptr;
+      found = free_by_size_.lower_bound({size, nullptr});
+    }
+    const auto [available, block] = *found;
+    remove_free(block, available);
+    const size_t taken = available - size < kLeast ? available : size;
+    if (taken < available) add_free(block + taken, available - taken);
+    used_.emplace(block, taken);
+    return block;
+  }
+
+  bool holds(const void* pointer) const { return pointer >= begin_ && pointer < limit_; }
+
+  void release(void* pointer) {
+    const std::lock_guard<std::mutex> guard(mutex_);
+    const auto found = used_.find(static_cast<char*>(pointer));
+    const auto [block, size] = *found;
+    used_.erase(found);
+    add_free(block, size);
+  }
+
+  std::mutex& mutex() { return mutex_; }
+
+ private:
+  // Makes the free block at the end at least `size` long.
+  bool grow(size_t size) {
+    size_t missing = size;
+    if (!free_by_address_.empty()) {
+      const auto [block, available] = *free_by_address_.rbegin();
+      if (block + available == end_) missing -= available;
+    }
+    missing = rounded_up(missing, kGrowth);
+    if (missing > static_cast<size_t>(limit_ - end_)) return false;
+    if (mprotect(end_, missing, PROT_READ | PROT_WRITE) != 0) return false;
+    end_ += missing;
+    add_free(end_ - missing, missing);
+    return true;
+  }
+
+  void add_free(char* block, size_t size) {
+    auto next = free_by_address_.lower_bound(block);
+    if (next != free_by_address_.end() && next->first == block + size) {
+      const size_t joined = next->second;
+      remove_free(next->first, joined);
+      size += joined;
+    }
+    next = free_by_address_.lower_bound(block);
+    if (next != free_by_address_.begin()) {
+      const auto [previous, length] = *std::prev(next);
+      if (previous + length == block) {
+        remove_free(previous, length);
+        block = previous;
+        size += length;
+      }
+    }
+    free_by_address_.emplace(block, size);
+    free_by_size_.emplace(size, block);
+  }
+
+  void remove_free(char* block, size_t size) {
+    free_by_address_.erase(block);
+    free_by_size_.erase({size, block});
+  }
+
+  char* begin_ = nullptr;
+  char* end_ = nullptr;    // of what may be read and written
+  char* limit_ = nullptr;  // of what is reserved
+  std::mutex mutex_;
+  std::map<char*, size_t> free_by_address_;
+  std::set<std::pair<size_t, char*>> free_by_size_;
+  std::unordered_map<char*, size_t> used_;
+};
+
+// Never destroyed: tensors may be freed until the very end of the process.
+Range& range() {
+  static Range* const only = new Range;
+  return *only;
+}
+
+void release(void* pointer) {
+  if (!range().holds(pointer)) {
+    c10::GetDefaultCPUAllocator()->raw_deleter()(pointer);
+    return;
+  }
+  c10::profiledCPUMemoryReporter().Delete(pointer);
+  range().release(pointer);
+}
+
+class LargeTensorAllocator final : public c10::Allocator {
+ public:
+  c10::DataPtr allocate(size_t bytes) override {
+    void* block = bytes < kLarge ? nullptr : range().allocate(bytes);
+    if (block == nullptr) return c10::GetDefaultCPUAllocator()->allocate(bytes);
+    c10::profiledCPUMemoryReporter().New(block, bytes);
+    return {block, block, &release, c10::Device(c10::DeviceType::CPU)};
+  }
+  c10::DeleterFnPtr raw_deleter() const override { return &release; }
+  void copy_data(void* to, const void* from, size_t bytes) const override {
+    default_copy_data(to, from, bytes);
+  }
+};
+
+}  // namespace
+
+// Serve large tensors from now on; false where no range of addresses can be had.
+extern "C" bool serve_large_tensors() {
+  if (!range().reserve()) return false;
+  pthread_atfork([] { range().mutex().lock(); }, [] { range().mutex().unlock(); },
+                 [] { range().mutex().unlock(); });
+  c10::SetCPUAllocator(new LargeTensorAllocator);
+  return true;
+}
