@@ -11,25 +11,33 @@
 #include <sys/mman.h>
 #include <unistd.h>
 
-#include <algorithm>
 #include <cstdint>
 #include <iterator>
+#include <limits>
 #include <map>
 #include <mutex>
-#include <set>
 #include <unordered_map>
-#include <utility>
 
 namespace {
 
 constexpr size_t kLarge = size_t{1} << 20;  // smaller tensors are the C library's
 constexpr size_t kLine = 64;                // of the caches: tensors begin at its multiples
+constexpr size_t kGap = 67 * kLine;         // behind each tensor
 constexpr size_t kLeast = size_t{1} << 16;  // what is left of a block and shorter stays a part of it
 constexpr size_t kHugePage = size_t{1} << 21;
 constexpr size_t kGrowth = size_t{1} << 26;
 constexpr size_t kLeastRange = size_t{1} << 30;
 
 size_t rounded_up(size_t size, size_t unit) { return (size + unit - 1) / unit * unit; }
+
+// A free block. Of two of one size the one that was freed last comes first: the caches may hold it still.
+struct Free {
+  size_t size;
+  int64_t age;  // falls from one block to the next
+  bool operator<(const Free& other) const {
+    return size != other.size ? size < other.size : age < other.age;
+  }
+};
 
 class Range {
  public:
@@ -51,17 +59,17 @@ class Range {
 
   // Null where no addresses or no memory are left.
   void* allocate(size_t bytes) {
-    // One line more: tensors of one size would else begin at the same place of every page, and what a
-    // kernel reads of several of them would compete for the same lines of the caches.
-    const size_t size = rounded_up(bytes, kLine) + kLine;
+    // Tensors of one size would else begin at the same place of every page, and what a kernel reads of
+    // several of them would compete for the same lines of the caches.
+    const size_t size = rounded_up(bytes, kLine) + kGap;
     const std::lock_guard<std::mutex> guard(mutex_);
-    auto found = free_by_size_.lower_bound({size, nullptr});
+    auto found = smallest_of(size);
     if (found == free_by_size_.end()) {
       if (!grow(size)) return nullptr;
-      found = free_by_size_.lower_bound({size, nullptr});
+      found = smallest_of(size);
     }
-    const auto [available, block] = *found;
-    remove_free(block, available);
+    char* const block = found->second;
+    const size_t available = remove_free(block);
     const size_t taken = available - size < kLeast ? available : size;
     if (taken < available) add_free(block + taken, available - taken);
     used_.emplace(block, taken);
@@ -85,8 +93,8 @@ class Range {
   bool grow(size_t size) {
     size_t missing = size;
     if (!free_by_address_.empty()) {
-      const auto [block, available] = *free_by_address_.rbegin();
-      if (block + available == end_) missing -= available;
+      const auto& [block, last] = *free_by_address_.rbegin();
+      if (block + last.size == end_) missing -= last.size;
     }
     missing = rounded_up(missing, kGrowth);
     if (missing > static_cast<size_t>(limit_ - end_)) return false;
@@ -98,35 +106,41 @@ class Range {
 
   void add_free(char* block, size_t size) {
     auto next = free_by_address_.lower_bound(block);
-    if (next != free_by_address_.end() && next->first == block + size) {
-      const size_t joined = next->second;
-      remove_free(next->first, joined);
-      size += joined;
-    }
-    next = free_by_address_.lower_bound(block);
     if (next != free_by_address_.begin()) {
-      const auto [previous, length] = *std::prev(next);
-      if (previous + length == block) {
-        remove_free(previous, length);
+      const auto& [previous, free] = *std::prev(next);
+      if (previous + free.size == block) {
         block = previous;
-        size += length;
+        size += remove_free(previous);
       }
     }
-    free_by_address_.emplace(block, size);
-    free_by_size_.emplace(size, block);
+    if (next != free_by_address_.end() && next->first == block + size) {
+      size += remove_free(next->first);
+    }
+    const Free free{size, --age_};
+    free_by_address_.emplace(block, free);
+    free_by_size_.emplace(free, block);
   }
 
-  void remove_free(char* block, size_t size) {
-    free_by_address_.erase(block);
-    free_by_size_.erase({size, block});
+  // Returns its size.
+  size_t remove_free(char* block) {
+    const auto found = free_by_address_.find(block);
+    const Free free = found->second;
+    free_by_address_.erase(found);
+    free_by_size_.erase(free);
+    return free.size;
+  }
+
+  std::map<Free, char*>::iterator smallest_of(size_t size) {
+    return free_by_size_.lower_bound({size, std::numeric_limits<int64_t>::min()});
   }
 
   char* begin_ = nullptr;
   char* end_ = nullptr;    // of what may be read and written
   char* limit_ = nullptr;  // of what is reserved
   std::mutex mutex_;
-  std::map<char*, size_t> free_by_address_;
-  std::set<std::pair<size_t, char*>> free_by_size_;
+  int64_t age_ = 0;
+  std::map<char*, Free> free_by_address_;
+  std::map<Free, char*> free_by_size_;
   std::unordered_map<char*, size_t> used_;
 };
 
