@@ -12,6 +12,7 @@ looked up before they run, so their key enters through ``uuid()``.
 from __future__ import annotations
 
 import copy
+import hashlib
 import logging
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -31,6 +32,7 @@ from optcpu import cpp_ahead
 from optcpu.errors import CompileError, FallbackWarning, warn
 from optcpu.pipeline import Pipeline, default_passes, resolve_precision
 from optcpu.record import Fallback, GraphKind, GraphRun, Record, copy_graph
+from passes.indices import place_of
 
 logger = logging.getLogger(__name__)
 
@@ -76,6 +78,8 @@ class Backend:
             self.record.captured.append(copy.deepcopy(module.graph))
         eager = fx.GraphModule(module, copy.deepcopy(module.graph))
         key = self.cache_key()
+        if key is not None:
+            key = f"{key} {_places(module.graph)}"
         patches: dict[str, Any] = {"joint_custom_pre_pass": _JointPasses(self, region, key)}
         if inductor_config.post_grad_custom_post_pass is None:
             patches["post_grad_custom_post_pass"] = _CacheKey(key)
@@ -167,6 +171,12 @@ class Backend:
 _RAN = "optcpu_joint_passes_ran"
 # An output that is a view hangs on its base by nodes that PyTorch has added.
 _LONGEST_CHAIN_OF_VIEWS = 3
+
+
+def _places(graph: fx.Graph) -> str:
+    """A hash of where the nodes are from, which errors tell: another place is another graph."""
+    places = "\n".join(place_of(node) for node in graph.nodes)
+    return hashlib.sha256(places.encode()).hexdigest()
 
 
 class _JointPasses(CustomGraphPass):  # type: ignore[misc]

@@ -63,6 +63,11 @@ _RESHAPING = (
     *(aten.expand.default, aten.permute.default, aten.transpose.int, aten.t.default),
     *(aten.clone.default, aten.alias.default),
 )
+# Operators on (table, axis, index, ...).
+_ALONG_ONE_AXIS = (
+    *(aten.gather.default, aten.scatter.value, aten.scatter.src, aten.scatter_add.default),
+    *(aten.scatter.reduce, aten.scatter.value_reduce, aten.scatter_reduce.two),
+)
 
 
 @dataclass(frozen=True, repr=False)
@@ -78,21 +83,22 @@ class CheckIndices(Pass):
         y = embedding(weight, checked_index(tokens, 50257))
         p = gather(log_p, 1, unsqueeze(checked_index(labels, 1000), 1))
 
-    The backward uses the same indices, and needs no check of its own. Left alone is what the graph has
+    What is written at such places (``index_put``, ``scatter`` and their like) is checked as well. The
+    backward uses the same indices, and needs no check of its own. Left alone is what the graph has
     computed of floating-point numbers or counted itself, by ``sort``, ``argmax`` or ``arange`` say, but
     for embeddings (of positions). Fires once for each index of an operator.
     """
 
     def __call__(self, graph: fx.Graph) -> int:
         fired = 0
-        for node in calls(graph, aten.embedding.default):
+        for node in _forward(graph, aten.embedding.default):
             fired += _check(node, node.args[1], node.args[0], 0, wraps=False)
-        for node in calls(graph, aten.gather.default):
+        for node in _forward(graph, *_ALONG_ONE_AXIS):
             table, axis, index = node.args[:3]
             if _comes_with_data(index):
                 fired += _check(node, index, table, axis, wraps=False)
-        for node in calls(graph, aten.index.Tensor):
-            table, indices = node.args
+        for node in _forward(graph, aten.index.Tensor, aten.index_put.default):
+            table, indices = node.args[:2]
             for axis, index in enumerate(indices):  # type: ignore[arg-type, var-annotated]
                 # A mask takes as many axes as it has: what follows it stands elsewhere.
                 if dtype(index) in (torch.bool, torch.uint8):
@@ -101,6 +107,12 @@ class CheckIndices(Pass):
                     fired += _check(node, index, table, axis, wraps=True)
         graph.eliminate_dead_code()
         return fired
+
+
+def _forward(graph: fx.Graph, *targets: Any) -> list[fx.Node]:
+    """The calls of ``targets`` that are not the backward of others."""
+    found = calls(graph, *targets)
+    return [node for node in found if node.meta.get("partitioner_tag") != "is_backward"]
 
 
 def _comes_with_data(index: Any) -> bool:
@@ -134,7 +146,7 @@ def _check(node: fx.Node, index: Any, table: Any, axis: Any, *, wraps: bool) -> 
     size = value(table).shape[axis] if value(table).dim() else 1
     with node.graph.inserting_before(node):
         checked = emit(
-            node, checked_index, base, size_argument(node.graph, size), wraps, _place_of(node)
+            node, checked_index, base, size_argument(node.graph, size), wraps, place_of(node)
         )
         for step in reversed(chain):
             checked = emit(step, step.target, checked, *step.args[1:], **step.kwargs)  # type: ignore[arg-type]
@@ -142,7 +154,7 @@ def _check(node: fx.Node, index: Any, table: Any, axis: Any, *, wraps: bool) -> 
     return 1
 
 
-def _place_of(node: fx.Node) -> str:
+def place_of(node: fx.Node) -> str:
     """Where ``node`` is from, as words behind others: a module of PyTorch's, else a line of code."""
     modules = list((node.meta.get("nn_module_stack") or {}).values())
     if modules:
@@ -157,4 +169,4 @@ def _place_of(node: fx.Node) -> str:
     return f" in `{lines[-1]}`" if lines else ""
 
 
-__all__ = ["CheckIndices", "checked_index"]
+__all__ = ["CheckIndices", "checked_index", "place_of"]

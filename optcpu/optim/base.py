@@ -261,6 +261,8 @@ class StoredOptimizer(Optimizer, ABC):
         with self.register_load_state_dict_pre_hook(_take_own_state):  # behind the user's
             super().load_state_dict(state_dict)
         self._convert_state()
+        if self._in_backward is not None:
+            self._in_backward.begin_step()
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)

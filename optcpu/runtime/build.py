@@ -9,6 +9,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import nn
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import (
@@ -95,8 +96,15 @@ def check_optimizer(optimizer: Optimizer, trained: Iterable[nn.Parameter], saved
         saved: whether checkpoints are written.
 
     Raises:
-        ValueError: it has none of them, or others that checkpoints would not have.
+        ValueError: it has none of them, others that checkpoints would not have, or a step that wants to
+            compute the loss again.
     """
+    closure = inspect.signature(optimizer.step).parameters.get("closure")
+    if closure is not None and closure.default is inspect.Parameter.empty:
+        raise ValueError(
+            f"{type(optimizer).__name__} computes the loss anew within a step, which the trainer does not "
+            "offer: take an optimizer whose step needs no closure, or write the loop yourself"
+        )
     known = {id(parameter) for parameter in trained}
     updated = [p for group in optimizer.param_groups for p in group["params"]]
     others = [p for p in updated if id(p) not in known]
@@ -222,6 +230,10 @@ def make_scheduler(
         raise ValueError("the scheduler is of another optimizer: make it of the one that trains")
     if isinstance(scheduler, ReduceLROnPlateau) and not validates:
         raise ValueError("ReduceLROnPlateau follows the loss of validation: give validation_data")
+    if isinstance(scheduler, ReduceLROnPlateau) and scheduler.mode == "max":
+        raise ValueError(
+            "ReduceLROnPlateau follows the loss of validation, which is to fall: mode='min', not 'max'"
+        )
     for one in scheduler._schedulers if isinstance(scheduler, ChainedScheduler) else [scheduler]:
         if isinstance(one, OneCycleLR):
             _check_end(one, total_steps)
@@ -305,6 +317,12 @@ def check_functions(**functions: Any) -> None:
                 f"{name} is called with the model's output and the whole batch, which "
                 f"nn.{type(function).__name__} cannot take: give lambda output, batch: "
                 f"criterion(output, batch[-1]), where criterion is that module"
+            )
+        if getattr(function, "__module__", None) == F.__name__:
+            raise TypeError(
+                f"{name} is called with the model's output and the whole batch, which "
+                f"F.{getattr(function, '__name__', 'such a function')} cannot take: give lambda output, "
+                f"batch: F.{getattr(function, '__name__', 'function')}(output, batch[-1])"
             )
         if function is not None and not callable(function):
             raise TypeError(f"{name} must be a function, not {type(function).__name__}")

@@ -23,7 +23,7 @@ from optcpu.runtime.metrics_log import MetricsLog
 from optcpu.runtime.options import TrainerOptions
 from optcpu.runtime.run import Run
 from optcpu.runtime.signals import StopRequest
-from optcpu.runtime.step import MicroBatches, StepRunner, collect, trained_parameters
+from optcpu.runtime.step import MicroBatches, StepRunner, collect, not_finite, trained_parameters
 from optcpu.runtime.stopping import is_better
 from optcpu.runtime.validation import Metric, validate
 
@@ -140,6 +140,8 @@ class Loop:
         while not step.complete:
             if self._stop.by is not None and run.world.size == 1:
                 return  # the gradient so far goes into the checkpoint
+            is_last = step.done + 1 == len(step.batches)
+            self._updating = self._options.update_in_backward and is_last
             self._runner.run_micro_batch(step)
         norm = self._runner.gradient_norm(step)
         run.pending = None
@@ -354,13 +356,13 @@ class Loop:
 
     def _refuse_broken_weights(self) -> None:
         """A checkpoint that cannot be trained on must not take the place of one that can."""
-        for name, parameter in trained_parameters(self._run.model, self._run.loss).items():
-            if not torch.isfinite(parameter.detach()).all():
-                unsaved = "" if self._folder is None else ", and no checkpoint of them is written"
-                raise TrainingDiverged(
-                    f"after step {self._run.position.step} the weights of {name!r} are not finite"
-                    f"{unsaved}: lower the learning rate, clip with max_grad_norm, or look at the data"
-                )
+        name = not_finite(trained_parameters(self._run.model, self._run.loss))
+        if name is not None:
+            unsaved = "" if self._folder is None else ", and no checkpoint of them is written"
+            raise TrainingDiverged(
+                f"after step {self._run.position.step} the weights of {name!r} are not finite"
+                f"{unsaved}: lower the learning rate, clip with max_grad_norm, or look at the data"
+            )
 
     def _rescue(self, error: Exception) -> None:
         """Save what is trained so far, as it was before the step that failed."""

@@ -339,6 +339,8 @@ def _problem(kind: type[Options], error: dict[str, Any]) -> str:
         return str(error["ctx"]["error"])
     if error["type"] == "value_error":
         return f"{name}: {error['ctx']['error']}"
+    if error["type"] == "missing":
+        return f"{name} is missing: it is required beside the other settings of its group"
     message = str(error["msg"])
     return f"{name} is {error['input']!r}; {message[:1].lower()}{message[1:]}"
 

@@ -125,6 +125,7 @@ class Run:
             "optimizer_kind": _kind(self.optimizer),
             "optimizer_groups": self._optimizer_groups(),
             "scheduler": self.scheduler.state_dict(),
+            "scheduler_kind": _kind_of_scheduler(self.scheduler),
             "freezer": None if self.freezer is None else self.freezer.state_dict(),
             "stopper": None if self.stopper is None else self.stopper.state_dict(),
             "callbacks": self._callback_states(),
@@ -217,6 +218,13 @@ class Run:
             raise OptcpuError(
                 f"the checkpoint is of a run {there} freezing, and this run {here} a freezer: give the "
                 "trainer the settings of that run, or another folder for checkpoints"
+            )
+        kind = _kind_of_scheduler(self.scheduler)
+        if state.get("scheduler_kind", kind) != kind:  # checkpoints once were without
+            raise OptcpuError(
+                f"the checkpoint is of a run with {state['scheduler_kind']}, this one has {kind}: give the "
+                "trainer that scheduler, or another folder for checkpoints (model.safetensors in the "
+                "checkpoint has the weights)"
             )
         gemm.adopt(state["kernels"])
         given = self._optimizer_settings()
@@ -314,3 +322,9 @@ def _kind(optimizer: Optimizer) -> str:
     if isinstance(optimizer, Lookahead):
         return f"Lookahead around {_kind(optimizer.optimizer)}"
     return type(optimizer).__name__
+
+
+def _kind_of_scheduler(scheduler: LRScheduler) -> str:
+    inner = getattr(scheduler, "_schedulers", ())
+    parts = f" of {', '.join(map(_kind_of_scheduler, inner))}" if inner else ""
+    return f"{type(scheduler).__name__}{parts}"

@@ -97,6 +97,7 @@ class StepRunner:
         local_steps: steps that each process makes by itself before all average their weights; None adds
             up the gradients of all processes in each step.
         compile_loss: whether the loss may be compiled with the model.
+        updates_in_backward: whether the optimizer updates before the gradient is complete.
     """
 
     def __init__(
@@ -110,10 +111,12 @@ class StepRunner:
         check_gradients: bool,
         local_steps: int | None = None,
         compile_loss: bool = False,
+        updates_in_backward: bool = False,
     ) -> None:
         self._optimizer, self._world = optimizer, world
         self._objective = objective(model, loss, compile_loss=compile_loss)
         self._max_grad_norm, self._check_gradients = max_grad_norm, check_gradients
+        self._updates_in_backward = updates_in_backward
         self._trained = trained_parameters(model, loss)
         # An optimizer may have parameters that these have not, and the other way round.
         updated = (p for group in optimizer.param_groups for p in group["params"])
@@ -159,8 +162,12 @@ class StepRunner:
             self._world.sum_gradients(self._trained.values())
         if self._max_grad_norm is None and not self._check_gradients:
             return None
+        if self._updates_in_backward:  # the gradients are gone, and show in what they have done
+            name = not_finite(self._trained)
+            step.bad = None if name is None else f"the weights of {name!r} are not finite"
+            return None
         gradients = gradients_by_name(self._trained).values()
-        norm = torch.nn.utils.get_total_norm([g.detach() for g in gradients]).item()
+        norm = torch.nn.utils.get_total_norm([_numbers(g.detach()) for g in gradients]).item()
         if not math.isfinite(norm):
             step.bad = f"the norm of the gradient is {norm}"
         return norm
@@ -170,8 +177,8 @@ class StepRunner:
         limit = self._max_grad_norm
         if limit is not None and norm is not None and norm > limit:
             # One pass over the gradients, and only where they are too large.
-            gradients = gradients_by_name(self._trained)
-            torch._foreach_mul_(list(gradients.values()), limit / (norm + 1e-6))
+            gradients = gradients_by_name(self._trained).values()
+            torch._foreach_mul_([_numbers(g) for g in gradients], limit / (norm + 1e-6))
         self._optimizer.step()
         self.forget_gradients()
         self._steps_alone += 1
@@ -206,9 +213,26 @@ def trained_parameters(model: nn.Module, loss: Loss) -> dict[str, nn.Parameter]:
     return parameters
 
 
+def not_finite(parameters: Mapping[str, nn.Parameter]) -> str | None:
+    """The name of the first parameter with a weight that is not finite; None if all are."""
+    for name, parameter in parameters.items():
+        if not torch.isfinite(parameter.detach()).all():
+            return name
+    return None
+
+
 def gradients_by_name(parameters: Mapping[str, nn.Parameter]) -> dict[str, Tensor]:
     """The gradients that are there, by the names of their parameters."""
     return {name: p.grad for name, p in parameters.items() if p.grad is not None}
+
+
+def _numbers(gradient: Tensor) -> Tensor:
+    """The numbers of ``gradient``, each once: those that are stored, if it is sparse."""
+    if not gradient.is_sparse:
+        return gradient
+    if not gradient.is_coalesced():
+        gradient.copy_(gradient.coalesce())
+    return gradient._values()
 
 
 def restore_gradients(parameters: Mapping[str, nn.Parameter], gradients: dict[str, Tensor]) -> None:

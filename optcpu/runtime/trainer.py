@@ -326,6 +326,7 @@ class Trainer:
             check_gradients=self.options.on_nan != "stop",  # there the next loss, or the end, tells
             local_steps=self.options.local_steps,
             compile_loss=is_own(self._loss) if compile_loss is None else compile_loss,
+            updates_in_backward=self.options.update_in_backward,
         )
 
     def _make_run(self) -> Run:

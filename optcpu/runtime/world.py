@@ -103,6 +103,11 @@ class World:
             if count and parameter.grad is None:
                 parameter.grad = torch.zeros(parameter.shape)
             if parameter.grad is not None:
+                if parameter.grad.is_sparse:
+                    raise OptcpuError(
+                        "sparse gradients cannot be added up over several processes: make the embedding "
+                        "with sparse=False"
+                    )
                 gradients.append(parameter.grad)
         self.sum_tensors(gradients)
 

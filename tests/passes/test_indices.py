@@ -120,6 +120,63 @@ def test_near_miss_what_the_graph_computes_itself(pick: Any) -> None:
     assert rewritten(CheckIndices(), module) == 0
 
 
+ROWS = torch.tensor([0, 3, 1])
+
+
+@pytest.mark.parametrize(
+    "write",
+    [
+        lambda x, rows: torch.zeros_like(x).index_put((torch.arange(3), rows), x[:, 0]),
+        lambda x, rows: torch.zeros(4, 4).index_add(0, rows, x),
+        lambda x, rows: torch.zeros_like(x).scatter(1, rows[:, None], 2.0) * x,
+        lambda x, rows: torch.zeros_like(x).scatter(1, rows[:, None], x[:, :1]),
+        lambda x, rows: torch.zeros_like(x).scatter_add(1, rows[:, None].expand(-1, 2), x[:, :2]),
+        lambda x, rows: x.scatter_reduce(1, rows[:, None], x[:, :1], "amax"),
+        lambda x, rows: x.index_fill(1, rows, 0.0),
+        lambda x, rows: torch.zeros(4, 4).index_copy(0, rows, x),
+    ],
+)
+def test_what_is_written_at_an_index_is_checked(write: Any) -> None:
+    class Writes(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            torch.manual_seed(0)
+            self.layer = nn.Linear(4, 4)
+
+        def forward(self, x: Tensor, rows: Tensor) -> Tensor:
+            return write(self.layer(x), rows)
+
+    x = torch.randn(3, 4)
+    result = assert_parity(Writes(), x, ROWS, passes=[CheckIndices()])
+    assert result.fired("check-indices") == 1
+    assert "optcpu.checked_index" not in result.operators("backward")
+    model = optcpu.optimize(Writes(), keep_memory=False, fallback=False)
+    model(x, ROWS).sum().backward()
+    with pytest.raises(IndexError, match="index 4 is out of range"):
+        model(x, torch.tensor([0, 4, 1]))
+
+
+def test_the_error_names_the_line_of_the_model_that_runs() -> None:
+    """Models that differ in nothing else do not share what was compiled."""
+
+    class ByWord(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.table = nn.Parameter(torch.randn(5, 6))
+
+        def forward(self, word: Tensor) -> Tensor:
+            return self.table[word]
+
+    class ByPlace(ByWord):
+        def forward(self, place: Tensor) -> Tensor:
+            return self.table[place]
+
+    for kind, name in ((ByWord, "word"), (ByPlace, "place")):
+        model = optcpu.optimize(kind(), keep_memory=False, fallback=False)
+        with pytest.raises(IndexError, match=rf"in `return self.table\[{name}\]`"):
+            model(torch.tensor([0, 5]))
+
+
 def test_near_miss_a_mask_is_no_index() -> None:
     graph = fx.Graph()
     x, mask, rows = (graph.placeholder(name) for name in ("x", "mask", "rows"))

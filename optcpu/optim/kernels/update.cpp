@@ -279,6 +279,10 @@ double sum_of_squares(const float* x, int64_t n) {
   double total = 0;
   for (; i < n; i++) total += double(x[i]) * x[i];
   for (float sum : sums) total += sum;
+  if (std::isinf(total)) {  // more than FP32 can hold, if no number is infinite itself
+    total = 0;
+    for (i = 0; i < n; i++) total += double(x[i]) * x[i];
+  }
   return total;
 }
 

@@ -130,6 +130,13 @@ def test_gradient_squares() -> None:
     assert native.gradient_squares([*ours, strided]) == pytest.approx(exact + 4, rel=1e-6)
 
 
+def test_squares_that_fp32_cannot_hold() -> None:
+    large = Slot(Constants(), Stored(FLOAT, torch.ones(40)), Stored(FLOAT, torch.full((40,), 1e20)))
+    assert native.gradient_squares([large]) == pytest.approx(40e40, rel=1e-6)
+    large.gradient.data[17] = torch.inf
+    assert native.gradient_squares([large]) == torch.inf
+
+
 def test_tensors_with_gaps_are_updated_in_python() -> None:
     memory = torch.ones(8)
     slot = Slot(Constants(step_size=1.0), Stored(FLOAT, memory[::2]), Stored(FLOAT, torch.ones(4)))

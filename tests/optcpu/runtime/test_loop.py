@@ -12,12 +12,14 @@ import psutil
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.optim.lr_scheduler import ReduceLROnPlateau
 from torch.utils.data import TensorDataset
 from training import Losses, assert_equal, small_data, small_model, small_trainer, tensors_of
 
 from optcpu import Trainer
 from optcpu.errors import OptcpuError
 from optcpu.measure.batches import default_loss
+from optcpu.optim import AdamW
 from optcpu.runtime import Callback, CheckpointFolder, TrainingDiverged
 from optcpu.runtime.loop import Loop
 
@@ -471,6 +473,126 @@ def test_rollback_sees_a_gradient_that_is_no_number(tmp_path: Path) -> None:
     ).train()
     assert result.steps == 4
     assert all(torch.isfinite(p).all() for p in model.parameters())
+
+
+def _own_adamw(model: nn.Module) -> AdamW:
+    return AdamW(model.parameters(), lr=0.05, state_dtype=torch.float32)
+
+
+def test_rollback_begins_a_step_anew_where_updates_come_in_backward(tmp_path: Path) -> None:
+    """The bad micro-batch is one in the middle of a step, behind which the step is not finished."""
+
+    def end(update_in_backward: bool) -> dict[str, Tensor]:
+        model = small_model()
+        trainer = small_trainer(
+            model,
+            lr=None,
+            optimizer=_own_adamw(model),
+            loss=_BadIn(6),
+            on_nan="rollback",
+            update_in_backward=update_in_backward,
+            checkpoints={"folder": tmp_path / str(update_in_backward), "every_steps": 1},
+        )
+        assert trainer.train().steps == 4
+        return tensors_of(trainer)
+
+    assert_equal(end(True), end(False))
+
+
+def test_rollback_sees_what_such_a_gradient_has_done_in_backward(tmp_path: Path) -> None:
+    model = small_model()
+    calls = []
+
+    def loss(output: Tensor, batch: Any) -> Tensor:
+        calls.append(None)
+        value = default_loss(output, batch)
+        infinite = (output - output.detach()).clamp(min=0).sqrt().sum()
+        return value + infinite if len(calls) == 3 else value
+
+    result = small_trainer(
+        model,
+        loss=loss,
+        lr=None,
+        optimizer=_own_adamw(model),
+        on_nan="rollback",
+        update_in_backward=True,
+        accumulation_steps=1,
+        steps=4,
+        checkpoints={"folder": tmp_path, "every_steps": 1},
+    ).train()
+    assert result.steps == 4
+    assert all(torch.isfinite(p).all() for p in model.parameters())
+
+
+def test_an_error_amid_updates_in_backward_saves_nothing_half_updated(tmp_path: Path) -> None:
+    model = small_model()
+
+    def loss(output: Tensor, batch: Any) -> Tensor:
+        if trainer_step[0] == 2:
+            model[0].weight.register_hook(_fail)  # the last layer has been updated by then
+        return default_loss(output, batch)
+
+    def _fail(gradient: Tensor) -> None:
+        raise RuntimeError("in backward")
+
+    class Count(Callback):
+        def on_step_end(self, trainer: Trainer, metrics: dict[str, float]) -> None:
+            trainer_step[0] += 1
+
+    trainer_step = [0]
+    trainer = small_trainer(
+        model,
+        loss=loss,
+        lr=None,
+        optimizer=_own_adamw(model),
+        update_in_backward=True,
+        accumulation_steps=1,
+        callbacks=[Count()],
+        checkpoints={"folder": tmp_path, "every_steps": 1},
+    )
+    with pytest.raises(RuntimeError, match="in backward"):
+        trainer.train()
+    saved = CheckpointFolder(tmp_path).load()
+    assert saved is not None
+    whole = small_model()
+    small_trainer(
+        whole, lr=None, optimizer=_own_adamw(whole), accumulation_steps=1, steps=saved.step
+    ).train()
+    assert saved.step == 2
+    for name, weight in whole.state_dict().items():
+        assert torch.equal(saved.state["model"][name], weight), name
+
+
+@pytest.mark.parametrize("given", [{"on_nan": "skip"}, {"max_grad_norm": 0.01}])
+def test_sparse_gradients_have_a_norm(given: dict[str, Any]) -> None:
+    """Of each row once, however often it was looked up; eager PyTorch has none to clip by."""
+
+    def end(sparse: bool) -> Tensor:
+        torch.manual_seed(0)
+        model = nn.Sequential(nn.Embedding(6, 4, sparse=sparse), nn.Flatten(), nn.Linear(12, 3))
+        optimizer = torch.optim.SGD(model.parameters(), lr=0.5)
+        tokens = torch.tensor([[0, 1, 1], [5, 1, 0], [2, 2, 2], [3, 4, 5]])
+        data = TensorDataset(tokens, torch.tensor([0, 1, 2, 0]))
+        small_trainer(model, data, lr=None, optimizer=optimizer, epochs=3, **given).train()
+        return model[0].weight.detach()
+
+    torch.testing.assert_close(end(True), end(False))
+
+
+def test_an_optimizer_that_needs_a_closure_is_refused_before_anything_starts() -> None:
+    model = small_model()
+    with pytest.raises(ValueError, match="LBFGS computes the loss anew within a step"):
+        small_trainer(model, lr=None, optimizer=torch.optim.LBFGS(model.parameters()))
+
+
+def test_a_plateau_of_what_is_to_rise_is_refused() -> None:
+    model = small_model()
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    scheduler = ReduceLROnPlateau(optimizer, mode="max")
+    with pytest.raises(ValueError, match="follows the loss of validation, which is to fall"):
+        small_trainer(
+            model, lr=None, optimizer=optimizer, scheduler=scheduler, validation_data=small_data()
+        )
 
 
 def test_after_an_error_nothing_is_left_to_go_on_from() -> None:

@@ -196,16 +196,29 @@ def test_other_settings_of_the_optimizer_are_told(tmp_path: Path) -> None:
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         small_trainer(**settings).train()
-    model = small_model()
-    other = torch.optim.AdamW(model.parameters(), lr=0.5, weight_decay=0.25)
-    del settings["schedule"]
-    scheduler = torch.optim.lr_scheduler.LinearLR(other)
-    trainer = small_trainer(model, **settings, optimizer=other, scheduler=scheduler, lr=None)
+
+
+def test_settings_that_a_scheduler_of_pytorch_follows_are_told(tmp_path: Path) -> None:
+    def trainer(steps: int, **given: float) -> Any:
+        model = small_model()
+        optimizer = torch.optim.AdamW(model.parameters(), **given)
+        scheduler = torch.optim.lr_scheduler.LinearLR(optimizer)
+        return small_trainer(
+            model,
+            optimizer=optimizer,
+            scheduler=scheduler,
+            lr=None,
+            checkpoints=tmp_path,
+            steps=steps,
+        )
+
+    trainer(2, lr=0.05).train()
+    other = trainer(3, lr=0.5, weight_decay=0.25)
     with pytest.warns(
         UserWarning, match=r"weight_decay 0\.01 instead of 0\.25, initial_lr 0\.05 instead of 0\.5"
     ):
-        trainer.train()
-    assert other.param_groups[0]["weight_decay"] == 0.01
+        other.train()
+    assert other.optimizer.param_groups[0]["weight_decay"] == 0.01
 
 
 def test_resume_can_be_demanded_or_forbidden(tmp_path: Path) -> None:
@@ -331,3 +344,29 @@ def test_several_processes_begin_a_step_anew(tmp_path: Path) -> None:
     assert run.load_state_dict(saved.state) is None
     assert run.feed.batches_done == 0
     assert all(p.grad is None for p in trainer.model.parameters())
+
+
+def test_another_scheduler_is_refused(tmp_path: Path) -> None:
+    def trainer(make: Callable[[Any], Any] | None, steps: int) -> Any:
+        return small_trainer(checkpoints=tmp_path, scheduler=make, steps=steps)
+
+    schedulers = torch.optim.lr_scheduler
+    trainer(lambda optimizer: schedulers.StepLR(optimizer, 3), 2).train()
+    trainer(lambda optimizer: schedulers.StepLR(optimizer, 3), 4).train()
+    with pytest.raises(OptcpuError, match="of a run with StepLR, this one has CosineAnnealingLR"):
+        trainer(lambda optimizer: schedulers.CosineAnnealingLR(optimizer, 6), 6).train()
+    with pytest.raises(OptcpuError, match="of a run with StepLR, this one has Schedule"):
+        trainer(None, 6).train()
+
+
+def test_the_parts_of_a_scheduler_count(tmp_path: Path) -> None:
+    schedulers = torch.optim.lr_scheduler
+
+    def chained(last: str) -> Callable[[Any], Any]:
+        return lambda optimizer: schedulers.ChainedScheduler(
+            [schedulers.StepLR(optimizer, 3), getattr(schedulers, last)(optimizer, 0.9)]
+        )
+
+    small_trainer(checkpoints=tmp_path, scheduler=chained("ExponentialLR"), steps=2).train()
+    with pytest.raises(OptcpuError, match=r"of StepLR, ExponentialLR, this one has .* ConstantLR"):
+        small_trainer(checkpoints=tmp_path, scheduler=chained("ConstantLR"), steps=4).train()

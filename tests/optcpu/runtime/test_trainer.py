@@ -139,7 +139,17 @@ def test_learning() -> None:
             TypeError,
             r"lambda output, batch: criterion\(output, batch",
         ),
+        (
+            {"loss": torch.nn.functional.cross_entropy},
+            TypeError,
+            r"lambda output, batch: F.cross_entropy\(output, batch",
+        ),
         ({"loss": "mse"}, TypeError, "loss must be a function, not str"),
+        (
+            {"checkpoints": {"every_steps": 2}},
+            ValueError,
+            "checkpoints.folder is missing: it is required",
+        ),
         ({"size_of": 3}, TypeError, "size_of must be a function, not int"),
         ({"collate_fn": 3}, TypeError, "collate_fn must be a function, not int"),
         ({"callbacks": Callback()}, TypeError, "callbacks must be a list of them"),
