@@ -36,6 +36,16 @@ class _BadIn:
         return loss * math.nan if self._count in self._numbers else loss
 
 
+class _SteepIn(_BadIn):
+    """A loss whose gradient is infinite in certain micro-batches, and which is finite itself."""
+
+    def __call__(self, output: Any, batch: Any) -> Tensor:
+        self._count += 1
+        loss = default_loss(output, batch)
+        infinite = (output - output.detach()).clamp(min=0).sqrt().sum()
+        return loss + infinite if self._count in self._numbers else loss
+
+
 def test_a_loss_that_is_no_number_ends_the_run_and_loses_nothing(tmp_path: Path) -> None:
     trainer = small_trainer(checkpoints=tmp_path, loss=_BadIn(6))
     with pytest.raises(
@@ -460,16 +470,8 @@ def test_weights_that_are_no_numbers_at_the_end_are_told() -> None:
 def test_rollback_sees_a_gradient_that_is_no_number(tmp_path: Path) -> None:
     model = small_model()
     given: dict[str, Any] = {"checkpoints": {"folder": tmp_path, "every_steps": 1}, "steps": 4}
-    calls = []
-
-    def loss(output: Tensor, batch: Any) -> Tensor:
-        calls.append(None)
-        value = default_loss(output, batch)
-        infinite = (output - output.detach()).clamp(min=0).sqrt().sum()
-        return value + infinite if len(calls) == 3 else value
-
     result = small_trainer(
-        model, loss=loss, on_nan="rollback", accumulation_steps=1, **given
+        model, loss=_SteepIn(2), on_nan="rollback", accumulation_steps=1, **given
     ).train()
     assert result.steps == 4
     assert all(torch.isfinite(p).all() for p in model.parameters())
@@ -501,17 +503,9 @@ def test_rollback_begins_a_step_anew_where_updates_come_in_backward(tmp_path: Pa
 
 def test_rollback_sees_what_such_a_gradient_has_done_in_backward(tmp_path: Path) -> None:
     model = small_model()
-    calls = []
-
-    def loss(output: Tensor, batch: Any) -> Tensor:
-        calls.append(None)
-        value = default_loss(output, batch)
-        infinite = (output - output.detach()).clamp(min=0).sqrt().sum()
-        return value + infinite if len(calls) == 3 else value
-
     result = small_trainer(
         model,
-        loss=loss,
+        loss=_SteepIn(2),
         lr=None,
         optimizer=_own_adamw(model),
         on_nan="rollback",
