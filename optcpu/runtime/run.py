@@ -34,6 +34,9 @@ from passes import gemm
 _MOVED_BY_OURS = {"params", "lr", "initial_lr"}
 _MOVED_BY_OTHERS = {"params", "lr", "max_lr", "min_lr"}  # and by OneCycleLR and CyclicLR:
 _MOVED_BY_OTHERS |= {"betas", "momentum", "max_momentum", "base_momentum"}
+# What a scheduler of PyTorch counts or follows, in its own state.
+_MOVED_IN_SCHEDULER = {"last_epoch", "base_lrs", "best", "num_bad_epochs", "cooldown_counter"}
+_MOVED_IN_SCHEDULER |= {"T_cur", "T_i"}
 
 
 @dataclass
@@ -203,6 +206,18 @@ class Run:
             for group in self.optimizer.param_groups
         ]
 
+    def _scheduler_settings(self) -> dict[str, Any]:
+        """What is set for the schedule, as far as plain values tell; the trainer's own follows new ones."""
+        if isinstance(self.scheduler, Schedule):
+            return {}
+        return {
+            name: setting
+            for name, setting in self.scheduler.state_dict().items()
+            if not name.startswith("_")
+            and name not in _MOVED_IN_SCHEDULER
+            and isinstance(setting, (bool, int, float, str, list, tuple))
+        }
+
     def load_state_dict(self, state: dict[str, Any]) -> dict[str, Any] | None:
         """The whole run as it was.
 
@@ -227,10 +242,13 @@ class Run:
                 "checkpoint has the weights)"
             )
         gemm.adopt(state["kernels"])
-        given = self._optimizer_settings()
+        given, given_schedule = self._optimizer_settings(), self._scheduler_settings()
         self.load_weights(state)
-        _tell_changes(given, self._optimizer_settings())
+        remedy = "change optimizer.param_groups in a callback's on_train_begin"
+        _tell_changes("optimizer", given, self._optimizer_settings(), remedy)
         self.scheduler.load_state_dict(state["scheduler"])
+        remedy = "take another folder for checkpoints"
+        _tell_changes("scheduler", [given_schedule], [self._scheduler_settings()], remedy)
         self._load_callbacks(state["callbacks"])
         self.clock.load_state_dict(state["clock"])
         self.position = Position(**state["position"])
@@ -291,8 +309,10 @@ class Run:
         set_rng_state(saved["rng"])
 
 
-def _tell_changes(given: list[dict[str, Any]], saved: list[dict[str, Any]]) -> None:
-    """Warn where a run that goes on keeps to other settings than the user has now given."""
+def _tell_changes(
+    part: str, given: list[dict[str, Any]], saved: list[dict[str, Any]], remedy: str
+) -> None:
+    """Warn where a run that goes on keeps to other settings of a ``part`` than the user has now given."""
     changes = {
         f"{name} {theirs[name]!r} instead of {value!r}": None
         for ours, theirs in zip(given, saved, strict=True)
@@ -301,8 +321,8 @@ def _tell_changes(given: list[dict[str, Any]], saved: list[dict[str, Any]]) -> N
     }
     if changes:
         warn(
-            f"the run goes on with the checkpoint's settings of the optimizer: {', '.join(changes)}. "
-            "Remedy: give those, or change optimizer.param_groups in a callback's on_train_begin"
+            f"the run goes on with the checkpoint's settings of the {part}: {', '.join(changes)}. "
+            f"Remedy: give those, or {remedy}"
         )
 
 

@@ -370,3 +370,18 @@ def test_the_parts_of_a_scheduler_count(tmp_path: Path) -> None:
     small_trainer(checkpoints=tmp_path, scheduler=chained("ExponentialLR"), steps=2).train()
     with pytest.raises(OptcpuError, match=r"of StepLR, ExponentialLR, this one has .* ConstantLR"):
         small_trainer(checkpoints=tmp_path, scheduler=chained("ConstantLR"), steps=4).train()
+
+
+def test_other_settings_of_the_scheduler_are_told(tmp_path: Path) -> None:
+    def trainer(gamma: float, steps: int) -> Any:
+        def make(optimizer: Any) -> Any:
+            return torch.optim.lr_scheduler.StepLR(optimizer, 1, gamma)
+
+        return small_trainer(checkpoints=tmp_path, scheduler=make, steps=steps)
+
+    trainer(0.5, 2).train()
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        trainer(0.5, 3).train()
+    with pytest.warns(UserWarning, match=r"settings of the scheduler: gamma 0\.5 instead of 0\.9"):
+        trainer(0.9, 4).train()
