@@ -26,7 +26,6 @@ from optcpu.measure.machine import describe_machine
 from optcpu.measure.options import check_options
 from optcpu.measure.payload import Payload, Trial, checked_payload, try_out
 from optcpu.measure.progress import Reporter
-from optcpu.measure.resident import hand_back_freed_memory
 from optcpu.measure.result import Comparison, Row
 from optcpu.measure.roofline import measure_limits
 from optcpu.measure.rounds import Team
@@ -40,6 +39,7 @@ from optcpu.measure.variants import (
     tuned_twins,
 )
 from optcpu.measure.work import ideal_step
+from optcpu.memory import hand_back_freed_memory
 from optcpu.pipeline import resolve_precision
 from optcpu.random_state import random_state_kept
 

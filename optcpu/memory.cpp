@@ -86,6 +86,18 @@ class Range {
     add_free(block, size);
   }
 
+  // Gives the memory of all free blocks to the system; their addresses stay.
+  void hand_back() {
+    const size_t page = sysconf(_SC_PAGE_SIZE);
+    const std::lock_guard<std::mutex> guard(mutex_);
+    for (const auto& [block, free] : free_by_address_) {
+      const size_t skipped = rounded_up(reinterpret_cast<uintptr_t>(block), page) -
+                             reinterpret_cast<uintptr_t>(block);
+      if (free.size < skipped + page) continue;
+      madvise(block + skipped, (free.size - skipped) / page * page, MADV_DONTNEED);
+    }
+  }
+
   std::mutex& mutex() { return mutex_; }
 
  private:
@@ -183,3 +195,6 @@ extern "C" bool serve_large_tensors() {
   c10::SetCPUAllocator(new LargeTensorAllocator);
   return true;
 }
+
+// To be called after serve_large_tensors() has returned true.
+extern "C" void hand_back_large_tensors() { range().hand_back(); }

@@ -12,8 +12,8 @@ The heap alone would do for both, but takes up to twice of the memory: the holes
 with small objects, and the next step's tensors do not fit.
 
 Both belong to the process: they also hold for what runs beside the model, and memory that was once used is
-not returned to the system before the process ends. That is why they can be declined
-(``optimize(..., keep_memory=False)``).
+not returned to the system before the process ends or :func:`hand_back_freed_memory` is called. That is why
+they can be declined (``optimize(..., keep_memory=False)``).
 
 Source: ``man 3 mallopt`` (glibc).
 """
@@ -35,11 +35,24 @@ _M_MMAP_MAX = -4
 _NEVER_TRIM = -1  # the largest int would mean 2 GiB, less than a large model frees in a step
 _TOP_PAD_BYTES = 64 * 2**20  # the heap grows in steps of this size, not page by page
 
+_large_tensors: ctypes.CDLL | None = None  # what serves them; set once
+
 
 def reuse_memory() -> None:
     """Let both policies hold in this process, as far as the system allows. Done once."""
     serve_large_tensors()
     keep_freed_memory()
+
+
+def hand_back_freed_memory() -> None:
+    """Return memory that was freed, but kept for later, to the system (Linux with glibc only)."""
+    if not sys.platform.startswith("linux"):
+        return
+    if _large_tensors is not None:
+        _large_tensors.hand_back_large_tensors()
+    trim = getattr(ctypes.CDLL(None), "malloc_trim", None)
+    if trim is not None:
+        trim(ctypes.c_size_t(0))
 
 
 @functools.cache
@@ -56,7 +69,11 @@ def serve_large_tensors() -> bool:
     if library is None:
         return False
     library.serve_large_tensors.restype = ctypes.c_bool
-    return bool(library.serve_large_tensors())
+    if not library.serve_large_tensors():
+        return False
+    global _large_tensors
+    _large_tensors = library
+    return True
 
 
 @functools.cache

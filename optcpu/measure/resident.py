@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import ctypes
-import sys
 from pathlib import Path
 
 import psutil
@@ -40,11 +38,3 @@ def peak_mb() -> float:
         pass
     info = psutil.Process().memory_info()
     return float(getattr(info, "peak_wset", info.rss)) / 2**20
-
-
-def hand_back_freed_memory() -> None:
-    """Return memory that was freed, but kept by the allocator, to the system (glibc only)."""
-    if sys.platform.startswith("linux"):
-        trim = getattr(ctypes.CDLL(None), "malloc_trim", None)
-        if trim is not None:
-            trim(ctypes.c_size_t(0))

@@ -30,10 +30,10 @@ import torch
 
 from optcpu.errors import FallbackWarning
 from optcpu.measure.payload import PAYLOAD_FILE, Payload
-from optcpu.measure.resident import hand_back_freed_memory, peak_mb, reset_peak, resident_mb
+from optcpu.measure.resident import peak_mb, reset_peak, resident_mb
 from optcpu.measure.training import SETTINGS_FILE, Settings, Training
 from optcpu.measure.variants import VARIANTS
-from optcpu.memory import keep_freed_memory
+from optcpu.memory import hand_back_freed_memory, keep_freed_memory
 
 _PROGRESS_INTERVAL_S = 0.5
 

@@ -13,7 +13,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from optcpu.memory import serve_large_tensors
+from optcpu.memory import hand_back_freed_memory, serve_large_tensors
 
 pytestmark = pytest.mark.skipif(
     sys.platform != "linux", reason="mallopt belongs to glibc, huge pages to Linux"
@@ -116,6 +116,30 @@ def test_steps_that_repeat_need_no_more_memory_than_the_first() -> None:
     assert printed(STEPS, "keep", "serve") <= 15  # of 145 MiB in use
 
 
+FREED = (
+    POLICIES
+    + """
+from optcpu.measure.resident import resident_mb
+from optcpu.memory import hand_back_freed_memory
+kept, freed = [], []
+for _ in range(32):
+    kept.append(torch.ones(2**18))
+    freed.append(torch.ones(2**20))
+full = resident_mb()
+del freed[1:]  # pieces of 4 MiB, with others in between
+hand_back_freed_memory()
+assert all(bool((tensor == 1).all()) for tensor in kept + freed)
+print(int(full - resident_mb()))
+"""
+)
+
+
+def test_freed_memory_can_be_handed_back() -> None:
+    assert printed(FREED, "serve") > 100
+    assert printed(FREED, "keep") > 100
+    assert printed(FREED, "keep", "serve") > 100
+
+
 def test_without_a_compiler_the_heap_serves_all() -> None:
     script = "from optcpu.memory import *; reuse_memory(); print(int(serve_large_tensors()))"
     nowhere = {"CXX": "/nonexistent/compiler"}
@@ -164,6 +188,8 @@ def test_tensors_never_overlap(steps: list[tuple[int, int]]) -> None:
         assert held[mark].data_ptr() % 64 == 0
         for old in list(held)[: 2 * frees : 2]:
             del held[old]
+        if mark % 3 == 2:
+            hand_back_freed_memory()
         for other, tensor in held.items():
             assert bool((tensor == other % 251).all())
 
