@@ -110,37 +110,40 @@ class Pipeline:
     ) -> None:
         """Run the passes of one stage over ``module.graph`` in place.
 
-        A pass that raises, or that changes the shape or dtype of an output, is undone and reported to
-        ``on_failure``; the others still run.
+        A pass that raises, or that changes the shape or dtype of an output, is undone (by what came before
+        it being done again) and reported to ``on_failure``; the others still run.
         """
+        given = copy_graph(module.graph)
+        done: list[p.Pass] = []
         for step in self.passes:
             if step.stage != stage:
                 continue
-            graph_run.runs.append(_run_pass(step, module, keep_graphs, on_failure))
+            before = copy_graph(module.graph) if keep_graphs else None
+            run = PassRun(step.name, 0, step.changes_numerics)
+            graph_run.runs.append(run)
+            try:
+                run.fired = _run_pass(step, module.graph)
+                done.append(step)
+            except Exception as error:
+                run.error = f"{type(error).__name__}: {error}"
+                # To copy the graph before every pass would take longer than all passes together.
+                module.graph = copy_graph(given)
+                for earlier in done:
+                    _run_pass(earlier, module.graph)
+                on_failure(step, error)
+            if keep_graphs:
+                run.before, run.after = before, copy_graph(module.graph)
 
 
-def _run_pass(
-    step: p.Pass,
-    module: fx.GraphModule,
-    keep_graphs: bool,
-    on_failure: Callable[[p.Pass, Exception], None],
-) -> PassRun:
-    before = copy_graph(module.graph)
-    outputs = output_values(module.graph)
-    run = PassRun(step.name, 0, step.changes_numerics)
-    try:
-        run.fired = _checked_count(step(module.graph))
-        module.graph.lint()
-        _fill_missing_values(module.graph)
-        if not step.narrows_outputs and output_values(module.graph) != outputs:
-            raise ValueError("the pass changed the shape or dtype of an output")
-    except Exception as error:
-        module.graph = copy_graph(before)
-        run.fired, run.error = 0, f"{type(error).__name__}: {error}"
-        on_failure(step, error)
-    if keep_graphs:
-        run.before, run.after = before, copy_graph(module.graph)
-    return run
+def _run_pass(step: p.Pass, graph: fx.Graph) -> int:
+    """How often ``step`` fired; raises if it breaks ``graph``."""
+    outputs = output_values(graph)
+    fired = _checked_count(step(graph))
+    graph.lint()
+    _fill_missing_values(graph)
+    if not step.narrows_outputs and output_values(graph) != outputs:
+        raise ValueError("the pass changed the shape or dtype of an output")
+    return fired
 
 
 def _checked_count(fired: object) -> int:

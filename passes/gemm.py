@@ -33,6 +33,7 @@ Kernel: TypeAlias = Callable[[Tensor, Tensor], Tensor]
 _SMALL = {torch.float32: 2**21, torch.bfloat16: 2**24}
 _LEAST_ROUNDS, _LEAST_ROUNDS_OF_LONG, _MOST_ROUNDS = 3, 2, 30
 _HOPELESS = 2.0  # times slower than the fastest: not worth another round
+_BEATEN = 1.3  # times slower than the fastest: not worth another round where only the fastest is asked for
 _TIE = 1.05  # times this close to each other count as equal
 _SECONDS_PER_PRODUCT = 0.25
 _VECTOR = 16  # FP32 numbers in the longest vector register
@@ -202,15 +203,20 @@ def remembered(key: str, find: Callable[[], str], is_valid: Callable[[str], bool
 
 
 def measure(runs: Mapping[str, Callable[[], Tensor]], preferred: str) -> str:
-    """The name of the fastest of ``runs``, found by running them in turn a few times."""
-    shortest = times(runs)
+    """The name of the fastest of ``runs``, found by running them in turn until the others are beaten."""
+    shortest = times(runs, _BEATEN)
     if shortest.get(preferred, math.inf) <= _TIE * min(shortest.values()):
         return preferred
     return min(shortest, key=lambda name: shortest[name])
 
 
-def times(runs: Mapping[str, Callable[[], object]]) -> dict[str, float]:
+def times(
+    runs: Mapping[str, Callable[[], object]], hopeless: float = _HOPELESS
+) -> dict[str, float]:
     """The shortest time of each of ``runs`` in seconds, but of those that cannot be done.
+
+    One that is ``hopeless`` times slower than the fastest is left out after a few rounds, and when only the
+    fastest is left its time is known well enough.
 
     What else the machine does meanwhile only adds time, and hits all alike when they take turns: so the
     shortest time of each counts. Long runs are few: building a kernel and touching new memory, which only
@@ -224,10 +230,11 @@ def times(runs: Mapping[str, Callable[[], object]]) -> dict[str, float]:
     started = time.perf_counter()
     for turn in range(_MOST_ROUNDS):
         for name in shortest:
-            hopeless = shortest[name] > _HOPELESS * min(shortest.values())
-            if not hopeless or turn < rounds_for_all:
+            if turn < rounds_for_all or shortest[name] <= hopeless * min(shortest.values()):
                 shortest[name] = min(shortest[name], _seconds(runs[name]) or math.inf)
-        if turn + 1 >= least_rounds and time.perf_counter() - started > _SECONDS_PER_PRODUCT:
+        left = [name for name in shortest if shortest[name] <= hopeless * min(shortest.values())]
+        out_of_time = time.perf_counter() - started > _SECONDS_PER_PRODUCT
+        if turn + 1 >= least_rounds and (out_of_time or len(left) == 1):
             break
     return shortest
 

@@ -198,6 +198,29 @@ def test_long_runs_are_few(monkeypatch: pytest.MonkeyPatch) -> None:
     assert {name: calls.count(name) for name in runs} == {"good": 3, "best": 3, "hopeless": 2}
 
 
+def test_a_clear_winner_ends_the_measuring(monkeypatch: pytest.MonkeyPatch) -> None:
+    """But where the times themselves are asked for, they are taken until the time is over."""
+    now = 0.0
+    calls: list[str] = []
+
+    def run(name: str, seconds: float) -> Callable[[], torch.Tensor]:
+        def work() -> torch.Tensor:
+            nonlocal now
+            now += seconds
+            calls.append(name)
+            return torch.zeros(1)
+
+        return work
+
+    monkeypatch.setattr(gemm.time, "perf_counter", lambda: now)
+    runs = {"best": run("best", 0.002), "beaten": run("beaten", 0.003)}
+    assert gemm.measure(runs, preferred="beaten") == "best"
+    assert calls == ["best", "beaten"] * 4  # the first to warm up
+    calls.clear()
+    assert gemm.times(runs) == pytest.approx({"best": 0.002, "beaten": 0.003})
+    assert calls == ["best", "beaten"] * 31
+
+
 def test_a_long_first_run_is_not_held_against_a_kernel(monkeypatch: pytest.MonkeyPatch) -> None:
     now, built = 0.0, False
 
