@@ -180,7 +180,7 @@ def _order(matrix: Tensor) -> str:
     return "n" if matrix.stride(1) == 1 else "t"
 
 
-def choose(key: str, runs: Mapping[str, Callable[[], Tensor]], preferred: str) -> str:
+def choose(key: str, runs: Mapping[str, Callable[[], object]], preferred: str) -> str:
     """The name of the fastest of ``runs``: remembered under ``key``, or measured and remembered.
 
     Args:
@@ -202,7 +202,7 @@ def remembered(key: str, find: Callable[[], str], is_valid: Callable[[str], bool
     return found
 
 
-def measure(runs: Mapping[str, Callable[[], Tensor]], preferred: str) -> str:
+def measure(runs: Mapping[str, Callable[[], object]], preferred: str) -> str:
     """The name of the fastest of ``runs``, found by running them in turn until the others are beaten."""
     shortest = times(runs, _BEATEN)
     if shortest.get(preferred, math.inf) <= _TIE * min(shortest.values()):

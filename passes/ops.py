@@ -13,7 +13,7 @@ from typing import Any, Literal, cast
 
 import torch
 from torch import Tensor
-from torch._prims_common import make_channels_last_strides_for, suggest_memory_format
+from torch._prims_common import suggest_memory_format
 
 from passes import native, packed
 from passes.gemm import (
@@ -26,6 +26,7 @@ from passes.gemm import (
     packed_for,
     shape_key,
 )
+from passes.im2col import convolution_backward as _convolution_backward
 
 Saved = Literal["output", "input"]
 
@@ -246,23 +247,6 @@ def _activation_backward(gradient: Tensor, saved: Tensor, activation: str) -> Te
     extra = (0,) if activation == "relu" else ()  # the threshold
     result: Tensor = rule.backward(gradient, saved, *extra, **dict(rule.arguments))  # type: ignore[operator]
     return result
-
-
-def _convolution_backward(
-    gradient: Tensor, x: Tensor, weight: Tensor, *arguments: Any
-) -> tuple[Tensor | None, ...]:
-    """The gradients of a convolution's input, weight and bias: those that are wanted.
-
-    The strides of a single channel do not tell the layout. Written as those of channels-last, they bring
-    about the kernel for that, which is several times as fast for the weight.
-    """
-    one_channel = x.dim() == 4 and x.shape[1] == 1 and x.is_contiguous()
-    if one_channel and gradient.is_contiguous(memory_format=torch.channels_last):
-        x = x.as_strided(x.shape, make_channels_last_strides_for(x.shape))
-    return cast(
-        tuple[Tensor | None, ...],
-        _aten.convolution_backward.default(gradient, x, weight, *arguments),
-    )
 
 
 def _max_pool_backward(gradient: Tensor, size: Sequence[int], *arguments: Any) -> Tensor:

@@ -1,0 +1,146 @@
+"""The gradients of a convolution as matrix products.
+
+What the kernel sees at each place of an image is written out as one row; the gradient of the weight is then
+one product of these rows with the output's gradient, and that of the input is another product, whose rows
+are added up where they came from. oneDNN does better with large images. With small ones of many channels,
+at the end of a network for images, nearly all of its time goes to the weight, which it reads and writes
+for every image, and the products are several times as fast.
+
+Source: Chellapilla, Puri and Simard, "High Performance Convolutional Neural Networks for Document
+Processing" (2006), section 3.1, "unfolding".
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import TypeAlias, cast
+
+import torch
+from torch import Tensor
+from torch._prims_common import make_channels_last_strides_for, suggest_memory_format
+from torch.nn.functional import pad
+
+from passes.gemm import choose, is_small, matmul
+
+# Of the input, the weight and the bias; None for one that is not wanted.
+Gradients: TypeAlias = tuple[Tensor | None, Tensor | None, Tensor | None]
+
+# The rows may take this many times the weight's memory: more would cost more than it gains.
+_ROWS_TO_WEIGHT = 2
+
+
+def convolution_backward(
+    gradient: Tensor,
+    x: Tensor,
+    weight: Tensor,
+    bias_sizes: Sequence[int] | None,
+    stride: Sequence[int],
+    padding: Sequence[int],
+    dilation: Sequence[int],
+    transposed: bool,
+    output_padding: Sequence[int],
+    groups: int,
+    wanted: Sequence[bool],
+) -> Gradients:
+    """What ``aten.convolution_backward`` does, by the way that is the fastest for these shapes."""
+    x = _with_strides_that_tell(x, gradient)
+
+    def native(*wanted: bool) -> Gradients:
+        geometry = (bias_sizes, stride, padding, dilation, transposed, output_padding, groups)
+        backward = torch.ops.aten.convolution_backward.default
+        return cast(Gradients, backward(gradient, x, weight, *geometry, wanted))
+
+    def product_for_weight() -> Gradients:
+        of_input, _, of_bias = native(wanted[0], False, wanted[2])
+        return of_input, weight_gradient(gradient, x, weight, stride, padding), of_bias
+
+    def products() -> Gradients:
+        of_bias = gradient.sum((0, 2, 3)) if wanted[2] else None
+        operands = (gradient, x, weight, stride, padding)
+        return input_gradient(*operands), weight_gradient(*operands), of_bias
+
+    plain = not transposed and groups == 1 and all(step == 1 for step in dilation)
+    if not (plain and wanted[1] and _is_worth_measuring(gradient, x, weight)):
+        return native(*wanted)
+    ways: dict[str, Callable[[], Gradients]] = {
+        "native": lambda: native(*wanted),
+        "product for the weight": product_for_weight,
+    }
+    if wanted[0]:
+        ways["products"] = products
+    sizes = [tuple(x.shape), tuple(weight.shape), tuple(stride), tuple(padding), len(ways)]
+    key = f"convolution backward {sizes} {str(x.dtype)[6:]} {torch.get_num_threads()}"
+    return ways[choose(key, ways, preferred="native")]()
+
+
+def _with_strides_that_tell(x: Tensor, gradient: Tensor) -> Tensor:
+    """``x`` with the strides of its layout.
+
+    Those of a single channel do not tell it. Written as those of channels-last, they bring about the kernel
+    for that, which is several times as fast for the weight.
+    """
+    one_channel = x.dim() == 4 and x.shape[1] == 1 and x.is_contiguous()
+    if one_channel and gradient.is_contiguous(memory_format=torch.channels_last):
+        return x.as_strided(x.shape, make_channels_last_strides_for(x.shape))
+    return x
+
+
+def _is_worth_measuring(gradient: Tensor, x: Tensor, weight: Tensor) -> bool:
+    """Whether products could be faster: for channels-last images that are small beside the weight."""
+    if x.dim() != 4 or suggest_memory_format(x) != torch.channels_last:
+        return False
+    if not all(t.is_contiguous(memory_format=torch.channels_last) for t in (gradient, x)):
+        return False
+    places = gradient.numel() // gradient.shape[1]
+    return places <= _ROWS_TO_WEIGHT * weight.shape[0] and not is_small(
+        places * weight.numel(), x.dtype
+    )
+
+
+def weight_gradient(
+    gradient: Tensor, x: Tensor, weight: Tensor, stride: Sequence[int], padding: Sequence[int]
+) -> Tensor:
+    """The gradient of a convolution's weight, of its shape, channels-last.
+
+    Args:
+        gradient: of the output, shape (N, O, H', W').
+        x: the input, shape (N, C, H, W).
+        weight: shape (O, C, h, w); only its shape counts.
+        stride: along the height and the width.
+        padding: with zeros, likewise.
+    """
+    outputs, channels, height, width = weight.shape
+    image = x.permute(0, 2, 3, 1)
+    if any(padding):
+        image = pad(image, (0, 0, padding[1], padding[1], padding[0], padding[0]))
+    windows = image.unfold(1, height, stride[0]).unfold(2, width, stride[1])
+    rows = windows.permute(0, 1, 2, 4, 5, 3).reshape(-1, height * width * channels)
+    product = matmul(_by_place(gradient).t(), rows)
+    return product.view(outputs, height, width, channels).permute(0, 3, 1, 2)
+
+
+def input_gradient(
+    gradient: Tensor, x: Tensor, weight: Tensor, stride: Sequence[int], padding: Sequence[int]
+) -> Tensor:
+    """The gradient of a convolution's input, of its shape, channels-last.
+
+    Takes what :func:`weight_gradient` takes; of ``x`` only the shape counts.
+    """
+    images, channels, x_height, x_width = x.shape
+    outputs, _, height, width = weight.shape
+    out_height, out_width = gradient.shape[2:]
+    rows = matmul(_by_place(gradient), weight.permute(0, 2, 3, 1).reshape(outputs, -1))
+    windows = rows.view(images, out_height, out_width, height, width, channels)
+    # In FP32, as up to height * width numbers are added up one by one.
+    padded = torch.zeros(images, x_height + 2 * padding[0], x_width + 2 * padding[1], channels)
+    for row in range(height):
+        for column in range(width):
+            seen = padded[:, row:, column:][:, :: stride[0], :: stride[1]]
+            seen[:, :out_height, :out_width] += windows[:, :, :, row, column]
+    result = padded[:, padding[0] :, padding[1] :][:, :x_height, :x_width]
+    return result.to(x.dtype).permute(0, 3, 1, 2).contiguous(memory_format=torch.channels_last)
+
+
+def _by_place(gradient: Tensor) -> Tensor:
+    """``gradient``, shape (N, O, H', W'), as a matrix with a row for each place."""
+    return gradient.permute(0, 2, 3, 1).reshape(-1, gradient.shape[1])
