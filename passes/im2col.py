@@ -25,6 +25,8 @@ from passes.gemm import choose, is_small, matmul
 # Of the input, the weight and the bias; None for one that is not wanted.
 Gradients: TypeAlias = tuple[Tensor | None, Tensor | None, Tensor | None]
 
+_DTYPES = (torch.float32, torch.bfloat16)  # of whose products the kernel is chosen
+
 # The rows may take this many times the weight's memory: more would cost more than it gains.
 _ROWS_TO_WEIGHT = 2
 
@@ -87,7 +89,7 @@ def _with_strides_that_tell(x: Tensor, gradient: Tensor) -> Tensor:
 
 def _is_worth_measuring(gradient: Tensor, x: Tensor, weight: Tensor) -> bool:
     """Whether products could be faster: for channels-last images that are small beside the weight."""
-    if x.dim() != 4 or suggest_memory_format(x) != torch.channels_last:
+    if x.dim() != 4 or x.dtype not in _DTYPES or suggest_memory_format(x) != torch.channels_last:
         return False
     if not all(t.is_contiguous(memory_format=torch.channels_last) for t in (gradient, x)):
         return False
@@ -132,7 +134,8 @@ def input_gradient(
     rows = matmul(_by_place(gradient), weight.permute(0, 2, 3, 1).reshape(outputs, -1))
     windows = rows.view(images, out_height, out_width, height, width, channels)
     # In FP32, as up to height * width numbers are added up one by one.
-    padded = torch.zeros(images, x_height + 2 * padding[0], x_width + 2 * padding[1], channels)
+    size = (images, x_height + 2 * padding[0], x_width + 2 * padding[1], channels)
+    padded = torch.zeros(size, dtype=torch.float32)
     for row in range(height):
         for column in range(width):
             seen = padded[:, row:, column:][:, :: stride[0], :: stride[1]]

@@ -179,46 +179,43 @@ def test_the_shortest_time_counts_and_a_tie_goes_to_the_preferred(
     assert gemm.measure(runs, preferred="slow") == "fast"
 
 
-def test_long_runs_are_few(monkeypatch: pytest.MonkeyPatch) -> None:
-    now = 0.0
-    calls: list[str] = []
+def clocked(
+    monkeypatch: pytest.MonkeyPatch, seconds: dict[str, float], first: float = 1.0
+) -> tuple[dict[str, Callable[[], torch.Tensor]], list[str]]:
+    """Runs that take so long by a clock of their own, and the names of those that were called.
 
-    def run(name: str, seconds: float) -> Callable[[], torch.Tensor]:
+    The first of each takes ``first`` times as long: it touches new memory.
+    """
+    now = 0.0
+    called: list[str] = []
+
+    def run(name: str) -> Callable[[], torch.Tensor]:
         def work() -> torch.Tensor:
             nonlocal now
-            now += seconds if name in calls else 1.3 * seconds  # the first touches new memory
-            calls.append(name)
+            now += seconds[name] * (1.0 if name in called else first)
+            called.append(name)
             return torch.zeros(1)
 
         return work
 
     monkeypatch.setattr(gemm.time, "perf_counter", lambda: now)
-    runs = {"good": run("good", 0.2), "best": run("best", 0.18), "hopeless": run("hopeless", 0.5)}
+    return {name: run(name) for name in seconds}, called
+
+
+def test_long_runs_are_few(monkeypatch: pytest.MonkeyPatch) -> None:
+    runs, called = clocked(monkeypatch, {"good": 0.2, "best": 0.18, "hopeless": 0.5}, first=1.3)
     assert gemm.measure(runs, preferred="good") == "best"
-    assert {name: calls.count(name) for name in runs} == {"good": 3, "best": 3, "hopeless": 2}
+    assert {name: called.count(name) for name in runs} == {"good": 3, "best": 3, "hopeless": 2}
 
 
 def test_a_clear_winner_ends_the_measuring(monkeypatch: pytest.MonkeyPatch) -> None:
     """But where the times themselves are asked for, they are taken until the time is over."""
-    now = 0.0
-    calls: list[str] = []
-
-    def run(name: str, seconds: float) -> Callable[[], torch.Tensor]:
-        def work() -> torch.Tensor:
-            nonlocal now
-            now += seconds
-            calls.append(name)
-            return torch.zeros(1)
-
-        return work
-
-    monkeypatch.setattr(gemm.time, "perf_counter", lambda: now)
-    runs = {"best": run("best", 0.002), "beaten": run("beaten", 0.003)}
+    runs, called = clocked(monkeypatch, {"best": 0.002, "beaten": 0.003})
     assert gemm.measure(runs, preferred="beaten") == "best"
-    assert calls == ["best", "beaten"] * 4  # the first to warm up
-    calls.clear()
+    assert called == ["best", "beaten"] * 4  # the first to warm up
+    called.clear()
     assert gemm.times(runs) == pytest.approx({"best": 0.002, "beaten": 0.003})
-    assert calls == ["best", "beaten"] * 31
+    assert called == ["best", "beaten"] * 31
 
 
 def test_a_long_first_run_is_not_held_against_a_kernel(monkeypatch: pytest.MonkeyPatch) -> None:

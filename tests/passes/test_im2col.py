@@ -140,6 +140,7 @@ def test_what_is_not_wanted_is_not_computed(taken: list[str]) -> None:
     [
         {"channels": 8, "outputs": 16},  # small
         {"size": (16, 16)},  # the rows would take more memory than the weight
+        {"dtype": torch.float64},
     ],
 )
 def test_what_cannot_gain_is_not_measured(change: dict[str, Any], taken: list[str]) -> None:
