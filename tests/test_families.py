@@ -14,12 +14,18 @@ from optcpu.cpu import capabilities
 from optcpu.optimize import compiled_call
 from tests.families import FAMILIES, Family, Inputs, loss_of, tensors_of
 
+QUICK = {"mlp", "autoencoder", "dict-output", "two-inputs"}  # compiled within ten seconds
 SEEDS = 3  # a BF16 error is judged over several inputs: a single one may be lucky
 
 Result = dict[str, Tensor]
 
 
-@pytest.fixture(params=FAMILIES, ids=lambda family: family.name)
+@pytest.fixture(
+    params=[
+        pytest.param(family, id=family.name, marks=[] if family.name in QUICK else pytest.mark.slow)
+        for family in FAMILIES
+    ]
+)
 def family(request: pytest.FixtureRequest) -> Family:
     return request.param  # type: ignore[no-any-return]
 
@@ -52,7 +58,6 @@ def no_fallbacks(model: nn.Module) -> bool:
     return call is not None and call.record.fallbacks == []
 
 
-@pytest.mark.slow
 def test_fp32_equals_eager(family: Family) -> None:
     model, reference = built(family), built(family)
     optcpu.optimize(model, precision="fp32")
@@ -69,7 +74,6 @@ def assert_close_in_fp32(ours: Result, eager: Result) -> None:
         assert difference <= 1e-4 * float(expected.norm()) + 1e-6 * largest, name
 
 
-@pytest.mark.slow
 def test_without_generated_code_sizes_may_vary(family: Family) -> None:
     """The rewritten graphs are complete by themselves: without a C++ compiler they are run as they are."""
     if family.name == "lstm":
@@ -85,7 +89,6 @@ def test_without_generated_code_sizes_may_vary(family: Family) -> None:
         assert_close_in_fp32(step(model, given), step(reference, given))
 
 
-@pytest.mark.slow
 def test_bf16_is_as_exact_as_autocast(family: Family) -> None:
     if family.name == "lstm" and not torch.ops.mkldnn._is_mkldnn_bf16_supported():
         pytest.skip("autocast itself fails on this processor")

@@ -98,7 +98,11 @@ def test_commands_are_understood(line: str, monkeypatch: pytest.MonkeyPatch) -> 
 
 def test_install_commands_name_what_is_there() -> None:
     installs = [line for line in _shell_lines() if line.startswith("pip install")]
-    assert [line.partition(" && ")[2] for line in installs] == ["optcpu compare", "pytest", ""]
+    assert [line.partition(" && ")[2] for line in installs] == [
+        "optcpu compare",
+        'pytest -m "not slow"',
+        "",
+    ]
     project = (ROOT / "pyproject.toml").read_text()
     for line in installs:
         extras = re.search(r'"\.\[(.*?)\]"', line)

@@ -1,6 +1,5 @@
 from __future__ import annotations
 
-import importlib
 from typing import Any
 
 import pytest
@@ -9,7 +8,7 @@ from optcpu import bench
 from optcpu.bench import SUITE, Case, cases_named, run_suite
 from optcpu.errors import OptcpuError
 from optcpu.workloads import BUILT_IN
-from tests.optcpu.measure.conftest import LIMITS, make_comparison, make_row
+from tests.optcpu.measure.conftest import make_comparison, make_row
 
 SMALL = Case("digits-cnn", "digits-cnn", steps=3, accumulation_steps=2)
 
@@ -85,10 +84,8 @@ def test_wrong_options_end_it_at_once() -> None:
 
 
 @pytest.mark.slow
-def test_a_real_case(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(
-        importlib.import_module("optcpu.compare"), "measure_limits", lambda _: LIMITS
-    )
+@pytest.mark.usefixtures("known_limits")
+def test_a_real_case() -> None:
     suite = run_suite([SMALL], variants=["optcpu"], rounds=1, round_seconds=0.05, progress=False)
     (entry,) = suite.entries
     assert entry.problem is None

@@ -344,6 +344,7 @@ class TestAsAProcess:
         assert "Traceback" not in ended.stderr
         assert ended.stdout == ""
 
+    @pytest.mark.slow
     def test_reader_that_leaves_early(self, tmp_path: Path) -> None:
         command = f"{sys.executable} -m optcpu doctor --json | head -c 1"
         ended = subprocess.run(

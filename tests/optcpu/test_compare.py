@@ -2,7 +2,6 @@ from __future__ import annotations
 
 import copy
 import functools
-import importlib
 import os
 import signal
 import subprocess
@@ -10,7 +9,6 @@ import sys
 import tempfile
 import textwrap
 import time
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +23,8 @@ from tests.optcpu.measure.conftest import LIMITS
 
 X = torch.randn(32, 64)
 Y = torch.randint(0, 10, (32,))
+pytestmark = pytest.mark.usefixtures("known_limits")
+
 QUICK: dict[str, Any] = {"rounds": 2, "round_seconds": 0.02, "progress": False}
 
 
@@ -53,17 +53,8 @@ class Stale(nn.Module):
         return x @ (self.kept + weight - weight.detach()).T + self.linear.bias
 
 
-@pytest.fixture(scope="module", autouse=True)
-def limits() -> Iterator[None]:
-    """Those of this machine are measured in tests of their own, and where a script is run."""
-    with pytest.MonkeyPatch.context() as patch:
-        compare_module = importlib.import_module("optcpu.compare")
-        patch.setattr(compare_module, "measure_limits", lambda threads: LIMITS)
-        yield
-
-
 @pytest.fixture(scope="module")
-def measured() -> Comparison:
+def measured(known_limits: None) -> Comparison:
     torch.manual_seed(0)
     return compare(
         mlp(),
@@ -150,6 +141,7 @@ def test_nothing_of_the_callers_is_changed() -> None:
     assert any("dropout off" in note for note in found.notes)
 
 
+@pytest.mark.slow
 def test_speed_without_learning_is_flagged() -> None:
     found = compare(Stale(), (X, Y), steps=60, optimizer=sgd, variants=["eager-bf16"], **QUICK)
     row = found["eager-bf16"]
@@ -307,6 +299,7 @@ def test_a_step_of_optcpu_is_broken_down(measured: Comparison) -> None:
     assert measured.breakdown is None, "nothing of optcpu ran there"
 
 
+@pytest.mark.slow
 def test_a_script_needs_no_guard_and_shows_progress_as_lines(tmp_path: Path) -> None:
     done = subprocess.run(
         script(tmp_path, ["eager-fp32"]),

@@ -62,6 +62,7 @@ def printed(script: str, *policies: str, environment: Mapping[str, str] | None =
     return int(done.stdout)
 
 
+@pytest.mark.slow
 def test_freed_memory_stays() -> None:
     assert printed(PROBE) > 4 * 8000
     assert printed(PROBE, "keep") < 100
@@ -134,12 +135,14 @@ print(int(full - resident_mb()))
 )
 
 
+@pytest.mark.slow
 def test_freed_memory_can_be_handed_back() -> None:
     assert printed(FREED, "serve") > 100
     assert printed(FREED, "keep") > 100
     assert printed(FREED, "keep", "serve") > 100
 
 
+@pytest.mark.slow
 def test_without_a_compiler_the_heap_serves_all() -> None:
     script = "from optcpu.memory import *; reuse_memory(); print(int(serve_large_tensors()))"
     nowhere = {"CXX": "/nonexistent/compiler"}

@@ -260,6 +260,7 @@ def test_the_setting_that_differs_is_named() -> None:
     assert optcpu.optimize(model, precision="fp32", passes=optcpu.default_passes("fp32")) is model
 
 
+@pytest.mark.slow
 def test_activations_are_computed_anew_where_memory_is_short() -> None:
     def blocks() -> nn.Sequential:
         torch.manual_seed(0)

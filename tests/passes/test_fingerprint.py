@@ -170,6 +170,7 @@ f = outer(lambda node: node.target is torch.ops.aten.relu.default)
 """
 
 
+@pytest.mark.slow
 def test_the_same_in_a_new_process(tmp_path: Path) -> None:
     first, again = (in_new_process(SOURCE, tmp_path, seed) for seed in (1, 2))
     assert first == again

@@ -207,7 +207,7 @@ def test_inference_is_checked_too() -> None:
     assert result.operators("inference").count("optcpu.checked_index") == 3
 
 
-@pytest.mark.parametrize("dynamic", [False, True])
+@pytest.mark.parametrize("dynamic", [False, pytest.param(True, marks=pytest.mark.slow)])
 def test_a_model_goes_on_after_the_error(dynamic: bool) -> None:
     model = optcpu.optimize(Language(), keep_memory=False, dynamic=dynamic, fallback=False)
     right = model(TOKENS, TOKENS)

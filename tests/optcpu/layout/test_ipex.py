@@ -61,6 +61,7 @@ def test_one_for_another_pytorch_is_not_even_tried(
         optcpu.optimize(nn.Linear(3, 4), layout="ipex")
 
 
+@pytest.mark.slow
 def test_nobody_imports_it_unasked() -> None:
     program = (
         "import sys, torch, optcpu; model = torch.nn.Linear(3, 4); "

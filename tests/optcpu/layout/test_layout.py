@@ -92,7 +92,7 @@ def bits_of(model: nn.Module) -> dict[str, Tensor]:
     return {name: tensor.clone() for name, tensor in model.state_dict().items()}
 
 
-@pytest.mark.parametrize("weights", ["split", "bf16"])
+@pytest.mark.parametrize("weights", [pytest.param("split", marks=pytest.mark.slow), "bf16"])
 def test_training_has_the_same_bits_with_and_without(copies: list[Copies], weights: str) -> None:
     runs = {}
     for layout in ("none", "native"):
@@ -191,6 +191,7 @@ def test_shared_memory_is_not_kept(copies: list[Copies]) -> None:
     assert copies[0].packings == 0
 
 
+@pytest.mark.slow
 def test_the_trainer_knows_how_often_a_weight_is_used(copies: list[Copies]) -> None:
     data = torch.utils.data.TensorDataset(torch.randn(48, 12), torch.randint(5, (48,)))
     for accumulation, packings in ((1, 0), (3, 2 * 5)):

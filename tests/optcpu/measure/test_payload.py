@@ -75,6 +75,7 @@ class TestSaving:
         with pytest.raises(OptcpuError, match="TMPDIR"):
             payload.save(tmp_path / "no" / "such" / "folder.pt")
 
+    @pytest.mark.slow
     def test_what_a_script_defines_is_carried_along(self, tmp_path: Path) -> None:
         script = """
             import sys

@@ -173,6 +173,7 @@ def test_by_default_the_peers_that_fit_are_measured_and_the_others_are_told(
     ]
 
 
+@pytest.mark.slow
 def test_importing_and_optimizing_imports_no_peer(install: Installer) -> None:
     for package in ("intel_extension_for_pytorch", "zentorch"):
         install(package, "import os; os._exit(3)")
@@ -317,6 +318,7 @@ STALE_IPEX = """
 
 
 @pytest.mark.slow
+@pytest.mark.usefixtures("known_limits")
 @pytest.mark.parametrize(
     ("source", "reason"),
     [
@@ -343,6 +345,7 @@ def test_a_peer_that_fails_or_does_not_learn_is_told_and_hurts_no_other(
 
 
 @pytest.mark.slow
+@pytest.mark.usefixtures("known_limits")
 @pytest.mark.parametrize("name", [name for name, v in VARIANTS.items() if v.kind == "peer"])
 def test_a_peer_that_can_run_here_learns(name: str) -> None:
     try:

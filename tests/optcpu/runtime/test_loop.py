@@ -384,6 +384,7 @@ def test_weights_ahead_of_the_schedule_are_not_saved(tmp_path: Path) -> None:
     assert saved.step == saved.state["optimizer"]["state"][0]["step"]
 
 
+@pytest.mark.slow
 def test_many_shapes_are_told() -> None:
     def batches(shapes: int) -> list[Any]:
         return [(torch.randn(n, 6), torch.randint(3, (n,))) for n in range(2, 2 + shapes)]

@@ -98,6 +98,7 @@ def test_stopped_again_and_again(tmp_path: Path) -> None:
     assert_equal(tensors_of(trainer), tensors_of(whole))
 
 
+@pytest.mark.slow
 def test_bf16_weights_and_state(tmp_path: Path) -> None:
     given: dict[str, Any] = {
         "compile": True,

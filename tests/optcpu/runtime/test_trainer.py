@@ -17,6 +17,7 @@ from optcpu.runtime import Callback
 from optcpu.runtime.build import update_in_backward
 
 
+@pytest.mark.slow
 def test_the_shortest_use() -> None:
     model = nn.Linear(6, 3)
     loader = DataLoader(small_data(), batch_size=4)
