@@ -17,15 +17,18 @@ import logging
 from collections.abc import Callable, Sequence
 from typing import Any
 
+import torch
 from torch import Tensor, fx
 from torch._dynamo.exc import RestartAnalysis
 from torch._functorch import config as functorch_config
 from torch._functorch._aot_autograd.utils import make_boxed_func
 from torch._inductor import config as inductor_config
+from torch._inductor import inductor_prims
 from torch._inductor.compile_fx import compile_fx, compile_fx_inner
 from torch._inductor.custom_graph_pass import CustomGraphPass
 from torch._inductor.decomposition import select_decomp_table
 from torch._inductor.fx_passes.post_grad import view_to_reshape
+from torch.utils.checkpoint import CheckpointPolicy
 
 import passes
 from optcpu import cpp_ahead
@@ -87,8 +90,10 @@ class Backend:
         # _allow_backward_again sees to as well.
         tracing: dict[str, Any] = {
             "donated_buffer": False,
-            "activation_memory_budget": self.activation_memory,
+            "activation_memory_budget": max(self.activation_memory, _LEAST_ACTIVATION_MEMORY),
         }
+        if self.activation_memory < 1:
+            patches["joint_custom_post_pass"] = _KeepRandomNumbers(key)
         if key is None:
             patches["fx_graph_cache"] = False
             tracing["enable_autograd_cache"] = False
@@ -169,6 +174,10 @@ class Backend:
 
 
 _RAN = "optcpu_joint_passes_ran"
+# PyTorch saves nothing at all where it is 0, not even what it was told to.
+_LEAST_ACTIVATION_MEMORY = 1e-9
+# Inductor's own operators for random numbers have no tag that says what they do.
+_RANDOM = (inductor_prims.random, inductor_prims.randint)
 # An output that is a view hangs on its base by nodes that PyTorch has added.
 _LONGEST_CHAIN_OF_VIEWS = 3
 
@@ -213,6 +222,20 @@ class _CacheKey(CustomGraphPass):  # type: ignore[misc]
 
     def uuid(self) -> str | None:
         return self._key
+
+
+class _KeepRandomNumbers(_CacheKey):
+    """Keeps random numbers, or what follows from them, from being drawn anew in the backward pass.
+
+    They would be other ones: PyTorch does not restore the generator for that on CPUs.
+    """
+
+    def __call__(self, graph: fx.Graph) -> None:
+        """Have the partitioner save them; it runs after this."""
+        for node in graph.nodes:
+            tags = getattr(node.target, "tags", ())
+            if torch.Tag.nondeterministic_seeded in tags or node.target in _RANDOM:
+                node.meta["recompute"] = CheckpointPolicy.MUST_SAVE
 
 
 class _GraphCompiler:

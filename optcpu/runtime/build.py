@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import inspect
-import math
 import os
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
@@ -357,8 +356,3 @@ def threads_for(options: TrainerOptions, local_processes: int = 1) -> int:
     if wanted.isdigit() and int(wanted) > 0 and "TORCHELASTIC_RUN_ID" not in os.environ:
         return int(wanted)  # torchrun sets it to 1 when the user does not
     return max(1, capabilities().physical_cores // local_processes)
-
-
-def steps_per_epoch(batches: int | None, accumulation_steps: int) -> int | None:
-    """Optimizer steps in one epoch, the incomplete last one included; None if unknown."""
-    return None if batches is None else math.ceil(batches / accumulation_steps)

@@ -8,7 +8,7 @@ import math
 import time
 import warnings
 from collections.abc import Callable, Iterable, Mapping
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch.optim.lr_scheduler import ReduceLROnPlateau
@@ -16,7 +16,6 @@ from torch.optim.lr_scheduler import ReduceLROnPlateau
 from optcpu.errors import OptcpuError, warn
 from optcpu.measure.batches import Batch, signature
 from optcpu.optimize import compiled_call
-from optcpu.runtime.build import steps_per_epoch
 from optcpu.runtime.checkpoint.folder import CheckpointFolder
 from optcpu.runtime.display import Display
 from optcpu.runtime.metrics_log import MetricsLog
@@ -53,7 +52,6 @@ class Loop:
         log: for metrics; None writes none.
         display: what the user sees.
         size_of: counts the samples in a batch.
-        total_steps: of the whole run; None if unknown.
         stop: whether someone wants the run to stop.
         trainer: given to the callbacks.
     """
@@ -70,14 +68,13 @@ class Loop:
         log: MetricsLog | None,
         display: Display,
         size_of: Callable[[Batch], int],
-        total_steps: int | None,
         stop: StopRequest,
         trainer: Any,
     ) -> None:
         self._run, self._options, self._runner = run, options, runner
         self._validation, self._metrics = validation, metrics
         self._folder, self._log, self._display = folder, log, display
-        self._size_of, self._total_steps, self._trainer = size_of, total_steps, trainer
+        self._size_of, self._trainer = size_of, trainer
         self._stop = stop
         self._before: dict[str, Any] | None = None  # of the step in progress
         self._updating = False
@@ -285,6 +282,8 @@ class Loop:
         )
         if results is None:
             return None
+        # Random numbers and data of their own may differ: what follows from the results must not.
+        results = cast(dict[str, float], run.world.gather(results)[0])
         phase = "compile" if self._has_compiled() else "validation"
         run.clock.add(phase, time.perf_counter() - started)
         position.validated, position.metrics, self._changed = position.step, results, True
@@ -397,10 +396,11 @@ class Loop:
         return None if seconds is None else samples / seconds, self._seconds_left()
 
     def _seconds_left(self) -> float | None:
-        if self._total_steps is None:
+        total = self._run.plan.total
+        if total is None:
             return None
         position, options = self._run.position, self._options
-        left = max(0, self._total_steps - position.step)
+        left = max(0, total - position.step)
         epochs_left = self._epochs_left(left)
 
         def times(every: int | None) -> int:
@@ -412,10 +412,9 @@ class Loop:
 
     def _epochs_left(self, steps: int) -> int:
         """How often an epoch, or the run, will end in the next ``steps`` steps."""
-        options, length = self._options, self._run.feed.length
-        if options.epochs is not None:
-            return options.epochs - self._run.position.epoch
-        per_epoch = steps_per_epoch(length, options.accumulation_steps)
+        if self._options.epochs is not None:
+            return self._options.epochs - self._run.position.epoch
+        per_epoch = self._run.plan.per_epoch
         return 1 if not per_epoch else math.ceil(steps / per_epoch)
 
 

@@ -20,6 +20,7 @@ from optcpu.runtime.checkpoint.rng import rng_state, set_rng_state
 from optcpu.runtime.clock import Clock
 from optcpu.runtime.data.loading import Feed
 from optcpu.runtime.freezing.freezer import DynamicFreezer
+from optcpu.runtime.plan import Plan
 from optcpu.runtime.schedule import Schedule
 from optcpu.runtime.step import (
     MicroBatches,
@@ -86,6 +87,7 @@ class Run:
         callbacks: the user's.
         clock: where the time went.
         position: how far the run is.
+        plan: how long it is to be.
         pending: a step whose micro-batches are used in part.
         buffers: what running statistics were before the step in progress.
     """
@@ -99,6 +101,7 @@ class Run:
     freezer: DynamicFreezer | None
     stopper: Stopper | None
     callbacks: Sequence[Callback]
+    plan: Plan
     clock: Clock = field(default_factory=Clock)
     position: Position = field(default_factory=Position)
     pending: MicroBatches | None = None
@@ -134,6 +137,7 @@ class Run:
             "callbacks": self._callback_states(),
             "clock": self.clock.state_dict(),
             "position": asdict(self.position),
+            "plan": self.plan.state_dict(),
             "kernels": gemm.choices(),
             "processes": [mine] if alone else self.world.gather(mine),
             "pending": None if pending is None else self._pending_state(pending),
@@ -255,6 +259,7 @@ class Run:
         self._load_stopper(state["stopper"])
         pending: dict[str, Any] | None = state["pending"]
         self._load_data(state["processes"] if pending is None else [pending["before"]])
+        self._load_plan(state.get("plan"))
         # Several processes begin the step anew: their micro-batches are others than those used.
         return pending if self.world.size == 1 else None
 
@@ -278,6 +283,16 @@ class Run:
         settings = None if self.stopper is None else self.stopper.state_dict()["options"]
         if state is None or state["options"] != settings:
             self.position.stop_reason = None
+
+    def _load_plan(self, state: dict[str, Any] | None) -> None:
+        """What follows the length of the run follows the one that it has now."""
+        feed = self.feed
+        left = 0 if feed.length is None else feed.length - feed.batches_done
+        self.plan = self.plan.after(state, self.position.step, self.position.epoch, left)
+        if isinstance(self.scheduler, Schedule):
+            self.scheduler.end_at(self.plan.total)
+        if self.freezer is not None and self.freezer.total_steps is not None:
+            self.freezer.total_steps = self.plan.total
 
     def resume_step(
         self, pending: dict[str, Any], step: MicroBatches | None, rng: dict[str, Any]

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
 from typing import Any
 
 from torch import Tensor
@@ -39,12 +38,24 @@ class Schedule(LambdaLR):
 
     Args:
         optimizer: whose groups' learning rates are the highest ones.
-        factor_of: of a step.
+        options: which schedule.
+        total_steps: optimizer steps in the whole run; None if unknown.
     """
 
-    def __init__(self, optimizer: Optimizer, factor_of: Callable[[int], float]) -> None:
-        self._factor_of = factor_of
-        super().__init__(optimizer, factor_of)
+    def __init__(
+        self, optimizer: Optimizer, options: ScheduleOptions, total_steps: int | None
+    ) -> None:
+        self._options, self._total_steps = options, total_steps
+        super().__init__(optimizer, self._factor_of)
+
+    def _factor_of(self, step: int) -> float:
+        return factor(step, self._options, self._total_steps)
+
+    def end_at(self, total_steps: int | None) -> None:
+        """Follow another length of the run from now on."""
+        before, self._total_steps = self._factor_of(self.last_epoch), total_steps
+        if self._factor_of(self.last_epoch) != before:
+            self._follow()
 
     def get_lr(self) -> list[float | Tensor]:
         """The learning rate of each group."""
@@ -66,9 +77,13 @@ class Schedule(LambdaLR):
         self.last_epoch = state_dict["step"]
         self._step_count = self.last_epoch + 1
         if {**state_dict, **self.state_dict()} != state_dict:
-            step = self.last_epoch
-            for group, base in zip(self.optimizer.param_groups, self.base_lrs, strict=True):
-                group["lr"] = base * self._factor_of(step)
+            self._follow()
+        self._last_lr = [group["lr"] for group in self.optimizer.param_groups]
+
+    def _follow(self) -> None:
+        """Set the learning rates to those of the step that comes next."""
+        for group, base in zip(self.optimizer.param_groups, self.base_lrs, strict=True):
+            group["lr"] = base * self._factor_of(self.last_epoch)
         self._last_lr = [group["lr"] for group in self.optimizer.param_groups]
 
 
@@ -95,4 +110,4 @@ def make_schedule(
             f"schedule.warmup_steps is {options.warmup_steps}, but there are only {total_steps} "
             "steps: train longer or warm up for less"
         )
-    return Schedule(optimizer, lambda step: factor(step, options, total_steps))
+    return Schedule(optimizer, options, total_steps)

@@ -25,7 +25,6 @@ from optcpu.runtime.build import (
     make_optimizer,
     make_scheduler,
     optimizer_settings,
-    steps_per_epoch,
     threads_for,
     update_in_backward,
 )
@@ -41,6 +40,7 @@ from optcpu.runtime.modes import modes_kept
 from optcpu.runtime.objective import is_own
 from optcpu.runtime.options import OptimizerOptions, ScheduleOptions, TrainerOptions, read_options
 from optcpu.runtime.placement import settle
+from optcpu.runtime.plan import Plan
 from optcpu.runtime.run import Position, Run
 from optcpu.runtime.signals import StopRequest
 from optcpu.runtime.step import StepRunner, samples_in, trained_parameters
@@ -181,12 +181,13 @@ class Trainer:
         compile_model(model, self.optimizer, self.options, passes, state_dtype)
         if self.options.update_in_backward:
             update_in_backward(self.optimizer, self.options.accumulation_steps, self._world.size)
-        self._total_steps = self._count_steps()
+        accumulation, epochs = self.options.accumulation_steps, self.options.epochs
+        self._plan = Plan.of(self._feed.length, accumulation, epochs, self.options.steps)
         self._scheduler = make_scheduler(
-            scheduler, self.optimizer, self.options, self._total_steps, validation_data is not None
+            scheduler, self.optimizer, self.options, self._plan.total, validation_data is not None
         )
         self._freezer = make_freezer(
-            freezer, self.model, self.optimizer, self.options, self._total_steps
+            freezer, self.model, self.optimizer, self.options, self._plan.total
         )
         self._stop = StopRequest()
         self._run: Run | None = None
@@ -203,12 +204,6 @@ class Trainer:
             return make_optimizer(trained.values(), self.options.optimizer)
         check_optimizer(given, trained.values(), self.options.checkpoints is not None)
         return given
-
-    def _count_steps(self) -> int | None:
-        if self.options.steps is not None:
-            return self.options.steps
-        per_epoch = steps_per_epoch(self._feed.length, self.options.accumulation_steps)
-        return None if per_epoch is None else per_epoch * (self.options.epochs or 0)
 
     def train(self) -> TrainingResult:
         """Train to the end, or go on from the newest checkpoint to the end.
@@ -251,7 +246,7 @@ class Trainer:
         with (
             contextlib.nullcontext() if folder is None or not world.first else folder.in_use(),
             contextlib.closing(_Log(options, run.position, world)) as log,
-            Display(shown, self._total_steps, run.position.step) as display,
+            Display(shown, run.plan.total, run.position.step) as display,
         ):
             loop = Loop(
                 run,
@@ -263,7 +258,6 @@ class Trainer:
                 log=log.file,
                 display=display,
                 size_of=self._size_of,
-                total_steps=self._total_steps,
                 stop=self._stop,
                 trainer=self,
             )
@@ -341,6 +335,7 @@ class Trainer:
             self._freezer,
             None if stopping is None else Stopper(stopping),
             self._callbacks,
+            self._plan,
         )
 
     def _checkpoint(self, folder: CheckpointFolder | None) -> Checkpoint | None:

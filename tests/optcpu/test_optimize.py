@@ -284,6 +284,36 @@ def test_activations_are_computed_anew_where_memory_is_short() -> None:
         optcpu.optimize(blocks(), activation_memory=1.5)
 
 
+class _Random(nn.Module):
+    """Draws random numbers in several ways, between layers whose results are cheap to compute anew."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layers = nn.ModuleList(nn.Linear(16, 16) for _ in range(3))
+        self.norm = nn.LayerNorm(16)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = nn.functional.dropout(self.norm(self.layers[0](x)), 0.4)
+        x = self.norm(self.layers[1](x)) * torch.rand_like(x)
+        return self.layers[2](self.norm(x + torch.randn_like(x) * x.detach().abs().sum(1, True)))  # type: ignore[no-any-return]
+
+
+@pytest.mark.parametrize("codegen", [False, pytest.param(True, marks=pytest.mark.slow)])
+def test_what_is_computed_anew_has_the_random_numbers_of_the_forward_pass(codegen: bool) -> None:
+    x, found = torch.randn(40, 16), {}
+    for share in (1.0, 0.5, 0.0):
+        torch.manual_seed(0)
+        model = optcpu.optimize(_Random(), precision="fp32", activation_memory=share)
+        call = compiled_call(model)
+        assert call is not None
+        call.backend.codegen = codegen
+        torch.manual_seed(1)
+        found[share] = gradients(model, x)
+    for share in (0.5, 0.0):
+        for one, other in zip(found[share], found[1.0], strict=True):
+            torch.testing.assert_close(one, other, msg=f"activation_memory={share}")
+
+
 def test_all_sizes_from_the_start_where_dynamo_begins_anew() -> None:
     def model() -> nn.Module:
         torch.manual_seed(0)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from typing import Any
+from unittest import mock
 
 import pytest
 import torch
@@ -63,6 +64,7 @@ PAIRS = st.tuples(st.integers(1, 3), st.integers(1, 3))
     PAIRS,
     PAIRS,
     st.tuples(st.integers(0, 2), st.integers(0, 2)),
+    st.sampled_from([0, 1000, 10_000, 2**22]),
 )
 def test_gradients_are_those_of_pytorch(
     images: int,
@@ -72,17 +74,39 @@ def test_gradients_are_those_of_pytorch(
     kernel: tuple[int, int],
     stride: tuple[int, int],
     padding: tuple[int, int],
+    cached_bytes: int,
 ) -> None:
-    """Whatever the shape: strides that leave the last places out, padding, images of one place."""
+    """Whatever the shape: strides that leave the last places out, padding, images of one place.
+
+    And in parts of several images, of one image, of one row of its places.
+    """
     given = operands(images, channels, outputs, size, kernel, stride, padding)
     double = tuple(item.double() if isinstance(item, Tensor) else item for item in given)
     of_input, of_weight, _ = backward(double, torch.ops.aten.convolution_backward)  # type: ignore[arg-type]
     torch.testing.assert_close(
         im2col.input_gradient(*given), of_input.float(), rtol=1e-4, atol=1e-4
     )
-    torch.testing.assert_close(
-        im2col.weight_gradient(*given), of_weight.float(), rtol=1e-4, atol=1e-4
-    )
+    with mock.patch.multiple(im2col, _CACHED_BYTES=cached_bytes, _ROWS_TO_WEIGHT=0):
+        got = im2col.weight_gradient(*given)
+    torch.testing.assert_close(got, of_weight.float(), rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize(
+    ("cached_bytes", "shapes"),
+    [
+        (40_000, [(3, 4), (2, 4)]),  # of five images, whose windows take 12,800 bytes each
+        (7_000, [(1, 2)] * 10),
+        (1, [(1, 1)] * 20),
+    ],
+)
+def test_parts_hold_as_many_windows_as_fit(
+    cached_bytes: int, shapes: list[tuple[int, int]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(im2col, "_CACHED_BYTES", cached_bytes)
+    windows = torch.empty(5, 4, 5, 4, 4, 10)
+    parts = [windows[part] for part in im2col._parts(windows, memory=0)]
+    assert [tuple(part.shape[:2]) for part in parts] == shapes
+    assert sum(part.numel() for part in parts) == windows.numel()
 
 
 def test_bf16_is_added_up_in_fp32() -> None:
@@ -125,6 +149,18 @@ def test_all_ways_give_the_same(way: str, taken: list[str]) -> None:
     assert not taken
 
 
+def test_large_images_have_a_product_for_the_weight_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    def choose(key: str, ways: Mapping[str, Callable[[], object]], preferred: str) -> str:
+        assert [*ways] == WAYS[:2]
+        return WAYS[1]
+
+    monkeypatch.setattr(im2col, "choose", choose)
+    given = operands(2, 32, 48, (20, 20))
+    expected = backward(given, torch.ops.aten.convolution_backward)
+    for one, other in zip(backward(given, ops.convolution_backward), expected, strict=True):
+        assert_alike(one, other, tolerance=1e-4)
+
+
 def test_what_is_not_wanted_is_not_computed(taken: list[str]) -> None:
     given = operands(**LARGE)
     taken.append("product for the weight")
@@ -139,7 +175,7 @@ def test_what_is_not_wanted_is_not_computed(taken: list[str]) -> None:
     "change",
     [
         {"channels": 8, "outputs": 16},  # small
-        {"size": (16, 16)},  # the rows would take more memory than the weight
+        {"channels": 3, "outputs": 64, "size": (64, 64)},  # windows are copied in small pieces
         {"dtype": torch.float64},
     ],
 )

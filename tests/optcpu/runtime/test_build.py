@@ -11,7 +11,7 @@ from optcpu import Lamb, Lookahead
 from optcpu.cpu import capabilities
 from optcpu.optim import SGD, AdamW
 from optcpu.runtime import build
-from optcpu.runtime.build import make_optimizer, steps_per_epoch, threads_for
+from optcpu.runtime.build import make_optimizer, threads_for
 from optcpu.runtime.options import OptimizerOptions, TrainerOptions
 
 
@@ -68,8 +68,3 @@ def test_threads(eight_cores: pytest.MonkeyPatch) -> None:
     eight_cores.setenv("OMP_NUM_THREADS", "1")  # as torchrun sets it, though nobody asked for it
     eight_cores.setenv("TORCHELASTIC_RUN_ID", "x")
     assert _threads(processes=2) == 4
-
-
-def test_steps_per_epoch() -> None:
-    assert steps_per_epoch(None, 4) is None
-    assert [steps_per_epoch(batches, 4) for batches in (1, 4, 5)] == [1, 1, 2]

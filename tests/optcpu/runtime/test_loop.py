@@ -22,6 +22,7 @@ from optcpu.measure.batches import default_loss
 from optcpu.optim import AdamW
 from optcpu.runtime import Callback, CheckpointFolder, TrainingDiverged
 from optcpu.runtime.loop import Loop
+from optcpu.runtime.plan import Plan
 
 
 class _BadIn:
@@ -606,5 +607,6 @@ def test_time_left_counts_the_validations_of_all_epochs() -> None:
     """Of a run that is counted in steps, four to an epoch."""
     loop = Loop.__new__(Loop)
     loop._options = small_trainer(steps=40).options
-    loop._run = SimpleNamespace(feed=SimpleNamespace(length=16), position=SimpleNamespace(epoch=0))
+    plan = Plan.of(16, loop._options.accumulation_steps, None, 40)
+    loop._run = SimpleNamespace(plan=plan, position=SimpleNamespace(epoch=0))
     assert [loop._epochs_left(steps) for steps in (40, 8, 1)] == [10, 2, 1]

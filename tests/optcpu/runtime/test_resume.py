@@ -29,6 +29,7 @@ from optcpu.errors import OptcpuError
 from optcpu.measure.batches import default_loss
 from optcpu.runtime import Callback, CheckpointFolder
 from optcpu.runtime.data.loading import Feed
+from optcpu.runtime.plan import Plan
 from optcpu.runtime.run import Run
 from optcpu.runtime.world import World
 
@@ -341,6 +342,7 @@ def test_several_processes_begin_a_step_anew(tmp_path: Path) -> None:
         None,
         None,
         [],
+        Plan.of(4, 2, 2, None),
     )
     assert run.load_state_dict(saved.state) is None
     assert run.feed.batches_done == 0
