@@ -75,12 +75,19 @@ def _set(settings: dict[str, Any], path: list[str], value: Any) -> None:
     *groups, name = path
     for group in groups:
         inner = settings.setdefault(group, {})
-        if not isinstance(inner, dict):  # a shorthand, as in optimizer = "lamb"
-            inner = settings[group] = {
-                "folder" if group in ("checkpoints", "log") else "name": inner
-            }
+        if not isinstance(inner, dict):
+            inner = settings[group] = {_shorthand_of(group): inner}
         settings = inner
-    settings[name] = value
+    present = settings.get(name)
+    if isinstance(value, str) and isinstance(present, dict):
+        present[_shorthand_of(name)] = value
+    else:
+        settings[name] = value
+
+
+def _shorthand_of(group: str) -> str:
+    """The setting that a value in place of the whole group stands for, as in ``optimizer = "lamb"``."""
+    return "folder" if group in ("checkpoints", "log") else "name"
 
 
 def make_trainer(config: RunConfig) -> Trainer:

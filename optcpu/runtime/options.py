@@ -21,6 +21,9 @@ def _folder(path: Path) -> Path:
 Folder = Annotated[Path, Field(strict=False), AfterValidator(_folder)]
 
 
+_MOST_THREADS = 1024  # or processes: more end the process before anything can be told
+
+
 class Options(BaseModel):
     """A group of settings. Unknown names and values out of range are refused.
 
@@ -263,6 +266,8 @@ class TrainerOptions(Options):
             value = getattr(self, name)
             if isinstance(value, int) and value < least:
                 raise ValueError(f"{name} must be at least {least}, or 'auto'")
+            if isinstance(value, int) and value > _MOST_THREADS:
+                raise ValueError(f"{name} must be at most {_MOST_THREADS}, or 'auto'")
         if self.activation_memory < 1 and not self.compile:
             raise ValueError(
                 "activation_memory needs compile: an eager model keeps what it keeps; wrap its blocks in "

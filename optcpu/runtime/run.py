@@ -29,6 +29,7 @@ from optcpu.runtime.step import (
     trained_parameters,
 )
 from optcpu.runtime.stopping import Stopper
+from optcpu.runtime.unsaved import Unsaved
 from optcpu.runtime.world import World
 from passes import gemm
 
@@ -109,10 +110,18 @@ class Run:
 
     def __post_init__(self) -> None:
         self.buffers = BufferKeeper(self.model, self.loss)
+        self._unsaved = Unsaved(self.model, self.loss)
 
     def data_state(self) -> dict[str, Any]:
         """Where data and random generators of this process stand."""
-        return {"feed": self.feed.state_dict(), "rng": rng_state()}
+        return {"feed": self.feed.state_dict(), **self._random_state()}
+
+    def _random_state(self) -> dict[str, Any]:
+        return {"rng": rng_state(), "generators": self._unsaved.generators()}
+
+    def _set_random_state(self, state: dict[str, Any]) -> None:
+        set_rng_state(state["rng"])
+        self._unsaved.set_generators(state.get("generators", {}))
 
     def state_dict(self, *, alone: bool = False) -> dict[str, Any]:
         """The state of the whole run, in this process; tensors are not copied.
@@ -127,6 +136,7 @@ class Run:
         return {
             "model": self.model.state_dict(),
             "loss": self.loss.state_dict() if isinstance(self.loss, nn.Module) else {},
+            "unsaved_buffers": self._unsaved.buffers(),
             "optimizer": self.optimizer.state_dict(),
             "optimizer_kind": _kind(self.optimizer),
             "optimizer_groups": self._optimizer_groups(),
@@ -182,6 +192,7 @@ class Run:
                 f"the checkpoint is of another model ({' '.join(str(error).split())}): choose another "
                 "folder for checkpoints, or give the trainer that model"
             ) from error
+        self._unsaved.set_buffers(state.get("unsaved_buffers", {}))
         groups = self._optimizer_groups()
         if state["optimizer_groups"] != groups:
             raise OptcpuError(
@@ -295,9 +306,15 @@ class Run:
             self.freezer.total_steps = self.plan.total
 
     def resume_step(
-        self, pending: dict[str, Any], step: MicroBatches | None, rng: dict[str, Any]
+        self, pending: dict[str, Any], step: MicroBatches | None, data: dict[str, Any]
     ) -> None:
-        """Go on in the middle of a step whose micro-batches have been drawn anew."""
+        """Go on in the middle of a step whose micro-batches have been drawn anew.
+
+        Args:
+            pending: what was noted of it.
+            step: the micro-batches.
+            data: what :meth:`data_state` gave then.
+        """
         given = 0 if step is None else len(step.batches)
         if step is None or given != pending["batches"]:
             raise OptcpuError(
@@ -307,7 +324,7 @@ class Run:
         step.done, step.loss = pending["done"], pending["loss"]
         restore_gradients(trained_parameters(self.model, self.loss), pending["gradients"])
         self.buffers.load_state_dict(pending["buffers"])
-        set_rng_state(rng)
+        self._set_random_state(data)
         self.pending = step
 
     def _own(self, processes: list[dict[str, Any]]) -> dict[str, Any]:
@@ -315,13 +332,13 @@ class Run:
             return processes[self.world.rank]
         # A process that was not there draws random numbers that no other one draws.
         torch.manual_seed(torch.initial_seed() + self.world.rank + self.position.step)
-        return {"feed": processes[0]["feed"], "rng": rng_state()}
+        return {"feed": processes[0]["feed"], **self._random_state()}
 
     def _load_data(self, processes: list[dict[str, Any]]) -> None:
         saved = self._own(processes)
-        set_rng_state(saved["rng"])
+        self._set_random_state(saved)
         self.feed.load_state_dict(saved["feed"])
-        set_rng_state(saved["rng"])
+        self._set_random_state(saved)
 
 
 def _tell_changes(

@@ -264,7 +264,7 @@ class Trainer:
             if saved is not None:
                 display.message(f"going on from {saved.path}")
                 if pending is not None:
-                    run.resume_step(pending, loop.draw(), saved.state["processes"][0]["rng"])
+                    run.resume_step(pending, loop.draw(), saved.state["processes"][0])
             if options.on_nan == "rollback":
                 loop.save_first()
             for callback in self._callbacks:

@@ -38,6 +38,7 @@ class AccumulatingMetric(Protocol):
 
 
 _LABELS = ("labels", "label")
+_TAKEN = ("loss", "step", "epoch", "phase")  # the columns of the log
 
 Metric: TypeAlias = AccumulatingMetric | Callable[[Any, Batch], Any]
 
@@ -225,9 +226,9 @@ def check_metrics(metrics: Mapping[str, Metric] | Iterable[str]) -> dict[str, Me
             )
         return {name: BUILT_IN[name]() for name in metrics}
     for name, metric in metrics.items():
-        if name == "loss":
-            raise ValueError("a metric must not be called 'loss', which is there anyway")
-        if not callable(metric):
+        if name in _TAKEN:
+            raise ValueError(f"a metric must not be called {name!r}, which is there anyway")
+        if not callable(metric) and not isinstance(metric, AccumulatingMetric):
             raise TypeError(
                 f"metric {name!r} must be a function (output, batch) or a torchmetrics metric, not "
                 f"{type(metric).__name__}"

@@ -23,7 +23,12 @@ from torch.utils.data import (
 from optcpu.cpu import capabilities
 from optcpu.random_state import random_state_kept
 from optcpu.runtime.data.datasets import SyntheticDataset
-from optcpu.runtime.data.randomness import seed_everything, stream_key
+from optcpu.runtime.data.randomness import (
+    generators_in,
+    seed_everything,
+    seed_generator,
+    stream_key,
+)
 from optcpu.runtime.data.sampling import Batch, ResumableBatchSampler
 from optcpu.runtime.data.tokens import TokenDataset
 
@@ -34,14 +39,16 @@ _WORTH_A_WORKER, _WORTH_BUSY_CORES = 5e-3, 40e-3
 _USUAL_STEP = 20e-3
 _PROBES, _PROBE_SECONDS = 3, 0.2
 
+_SEARCHES = 3  # for generators in each process, as that takes time
+
 
 class SeededBatches(Dataset[Any]):
     """Fetches whole batches of a dataset, for a ``DataLoader`` that leaves collating to it.
 
-    Python's, NumPy's and PyTorch's global generators are seeded from ``seed``, the epoch and the place of
-    the batch in it before its samples are fetched and collated: random augmentation depends neither on the
-    number of worker processes nor on where a run was interrupted. In the main process the generators
-    are put back behind it.
+    Python's, NumPy's and PyTorch's global generators, and those that dataset and ``collate_fn`` own, are
+    seeded from ``seed``, the epoch and the place of the batch in it before its samples are fetched and
+    collated: random augmentation depends neither on the number of worker processes nor on where a run was
+    interrupted. In the main process the global generators are put back behind it.
 
     Datasets of which a batch can be had at once without any random number (``TensorDataset``,
     :class:`SyntheticDataset`, :class:`TokenDataset`, a ``Subset`` of one) are read in that way.
@@ -57,6 +64,8 @@ class SeededBatches(Dataset[Any]):
         self.collate_fn: Collate = default_collate if collate_fn is None else collate_fn
         self.seed = seed
         self._at_once = collate_fn is None and can_batch(dataset)
+        self._generators: list[Any] = []
+        self._searches, self._process = 0, os.getpid()
 
     def __len__(self) -> int:
         return len(self.dataset)  # type: ignore[arg-type]
@@ -74,11 +83,23 @@ class SeededBatches(Dataset[Any]):
             raise RuntimeError("the dataset raised StopIteration") from error
 
     def _fetch(self, batch: Batch) -> Any:
-        seed_everything(stream_key(self.seed, batch.epoch, batch.start))
+        key = stream_key(self.seed, batch.epoch, batch.start)
+        seed_everything(key)
+        for number, generator in enumerate(self._own_generators(), start=1):
+            seed_generator(generator, stream_key(key, number))
         samples = getattr(self.dataset, "__getitems__", None)
         if samples is not None:
             return self.collate_fn(samples(list(batch)))
         return self.collate_fn([self.dataset[index] for index in batch])
+
+    def _own_generators(self) -> list[Any]:
+        """Those of dataset and ``collate_fn``, which may make them when they fetch for the first time."""
+        if self._searches < _SEARCHES or self._process != os.getpid():
+            self._searches = self._searches + 1 if self._process == os.getpid() else 1
+            self._process = os.getpid()
+            owners = {"dataset": self.dataset, "collate_fn": self.collate_fn}
+            self._generators = [*generators_in(owners).values()]
+        return self._generators
 
 
 def can_batch(dataset: Dataset[Any]) -> bool:

@@ -7,7 +7,10 @@ at once, in any order, in any process.
 
 from __future__ import annotations
 
+import functools
 import random
+from collections.abc import Iterable, Iterator, Mapping
+from types import ModuleType
 from typing import Any
 
 import numpy as np
@@ -64,6 +67,74 @@ def seed_everything(seed: int) -> None:
     random.seed(seed)
     np.random.seed([seed & 0xFFFFFFFF, seed >> 32])
     torch.default_generator.manual_seed(seed)  # torch.manual_seed asks every accelerator, 0.5 ms
+
+
+def seed_generator(generator: object, seed: int) -> None:
+    """Seed one of the generators that :func:`generator_state` knows.
+
+    Args:
+        seed: in 0..2**64 - 1.
+    """
+    if isinstance(generator, np.random.Generator):
+        kind = type(generator.bit_generator)
+        generator.bit_generator.state = kind(seed).state  # type: ignore[call-arg]
+    elif isinstance(generator, np.random.RandomState):
+        generator.seed([seed & 0xFFFFFFFF, seed >> 32])
+    elif isinstance(generator, torch.Generator):
+        generator.manual_seed(seed)
+    elif isinstance(generator, random.Random):
+        generator.seed(seed)
+
+
+_DEEPEST = 5  # attributes of attributes, or elements of lists of them
+_LONGEST = 64  # what is longer holds samples, not parts
+_MOST = 1000  # objects to look at
+
+
+def generators_in(owners: Mapping[str, object]) -> dict[str, Any]:
+    """The generators that objects, or what they consist of, have as attributes; each once, by its path.
+
+    Looked at are attributes, elements of short lists, tuples and dictionaries, and the arguments of partial
+    functions, to a depth of five: a transform of a dataset in a dataset, say.
+
+    Args:
+        owners: by the names that begin the paths, as in ``"dataset.transform.rng"``.
+    """
+    found: dict[str, Any] = {}
+    seen: set[int] = set()
+    level: list[tuple[str, object]] = list(owners.items())
+    for _ in range(_DEEPEST):
+        parts: list[tuple[str, object]] = []
+        for path, owner in level:
+            if id(owner) in seen or len(seen) > _MOST:
+                continue
+            seen.add(id(owner))
+            for name, value in _parts_of(owner):
+                if generator_state(value) is None:
+                    parts.append((f"{path}.{name}", value))
+                elif id(value) not in seen:
+                    seen.add(id(value))
+                    found[f"{path}.{name}"] = value
+        level = parts
+    return found
+
+
+def _parts_of(owner: object) -> Iterator[tuple[str, object]]:
+    if isinstance(owner, functools.partial):
+        yield from _numbered(owner.args)
+        yield from owner.keywords.items()
+    elif isinstance(owner, (list, tuple)):
+        if len(owner) <= _LONGEST:
+            yield from _numbered(owner)
+    elif isinstance(owner, dict):
+        if len(owner) <= _LONGEST:
+            yield from ((str(key), value) for key, value in owner.items())
+    elif not isinstance(owner, (torch.Tensor, np.ndarray, type, ModuleType)):
+        yield from getattr(owner, "__dict__", {}).items()
+
+
+def _numbered(values: Iterable[object]) -> Iterator[tuple[str, object]]:
+    return ((str(place), value) for place, value in enumerate(values))
 
 
 def generator_state(generator: object) -> Any:

@@ -14,7 +14,7 @@ from optcpu.errors import OptcpuError, warn
 from optcpu.random_state import random_state_kept
 from optcpu.runtime.checkpoint.rng import rng_state, set_rng_state
 from optcpu.runtime.data.fetching import SeededBatches
-from optcpu.runtime.data.randomness import generator_state, set_generator_state
+from optcpu.runtime.data.randomness import generator_state, generators_in, set_generator_state
 from optcpu.runtime.data.sampling import ResumableBatchSampler
 
 logger = logging.getLogger("optcpu.trainer")
@@ -242,7 +242,7 @@ def _parts(batches: Any) -> dict[str, Any]:
     """The objects of a loader that may hold generators or want to know the epoch, by name."""
     parts = {"loader": batches}
     if isinstance(batches, DataLoader):
-        parts["sampler"] = batches.sampler
+        parts["sampler"], parts["collate_fn"] = batches.sampler, batches.collate_fn
         parts["batch_sampler"] = batches.batch_sampler
         parts["batch_sampler.sampler"] = getattr(batches.batch_sampler, "sampler", None)
         name, dataset = "dataset", cast(Any, batches.dataset)
@@ -253,13 +253,8 @@ def _parts(batches: Any) -> dict[str, Any]:
 
 
 def _generators(batches: Any) -> dict[str, Any]:
-    """The generators that are attributes of the parts, each once, by name."""
-    found: dict[int, tuple[str, Any]] = {}
-    for part, owner in _parts(batches).items():
-        for name, value in getattr(owner, "__dict__", {}).items():
-            if generator_state(value) is not None:
-                found.setdefault(id(value), (f"{part}.{name}", value))
-    return dict(found.values())
+    """The generators of the parts and of what they consist of, each once, by name."""
+    return generators_in(_parts(batches))
 
 
 def _set_epoch(batches: Any, epoch: int) -> None:

@@ -85,6 +85,20 @@ def test_overrides_come_before_the_file(config_file: Path) -> None:
         parse_override("epochs")
 
 
+def test_a_shorthand_leaves_the_rest_of_its_group(config_file: Path) -> None:
+    config_file.write_text(
+        config_file.read_text()
+        + "[optimizer]\nlr = 0.5\n[schedule]\nwarmup_steps = 3\n"
+        + "[checkpoints]\nfolder = 'here'\nkeep_last = 7\n"
+    )
+    changes = {"optimizer": "sgd", "schedule": "linear", "checkpoints": "there"}
+    config = read_config(config_file, changes)
+    assert (config.optimizer.name, config.optimizer.lr) == ("sgd", 0.5)
+    assert (config.schedule.name, config.schedule.warmup_steps) == ("linear", 3)
+    assert config.checkpoints is not None
+    assert (config.checkpoints.folder, config.checkpoints.keep_last) == (Path("there"), 7)
+
+
 @pytest.mark.parametrize(
     ("change", "message"),
     [

@@ -4,16 +4,19 @@ from __future__ import annotations
 
 import math
 import os
+import random
 import signal
 import warnings
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor, nn
-from torch.utils.data import DataLoader, TensorDataset
+from torch.utils.data import DataLoader, Dataset, TensorDataset, default_collate
 from training import (
     Losses,
     assert_equal,
@@ -84,6 +87,90 @@ def test_a_stop_in_any_micro_batch(tmp_path: Path, variant: str, number: int) ->
         expected.samples,
         expected.metrics,
     )
+
+
+class _Noisy(Dataset[Any]):
+    """Augments with generators of its own, one of them in a transform, and perhaps one made late."""
+
+    def __init__(self, *, late: bool = True) -> None:
+        self.samples = small_data()
+        self.random = np.random.default_rng(0)
+        self.transforms = [partial(_add_noise, generator=torch.Generator().manual_seed(1))]
+        self.late: random.Random | None = None if late else random.Random(2)
+
+    def __len__(self) -> int:
+        return len(self.samples)
+
+    def __getitem__(self, index: int) -> Any:
+        self.late = self.late or random.Random(2)
+        x, y = self.samples[index]
+        x = x + float(self.random.standard_normal()) + self.late.random()
+        for transform in self.transforms:
+            x = transform(x)
+        return x, y
+
+
+def _add_noise(x: Tensor, generator: torch.Generator) -> Tensor:
+    return x + torch.randn(x.shape, generator=generator)
+
+
+class _MixUp:
+    def __init__(self) -> None:
+        self.random = np.random.RandomState(3)
+
+    def __call__(self, samples: list[Any]) -> Any:
+        x, y = default_collate(samples)
+        share = float(self.random.beta(0.4, 0.4))
+        return share * x + (1 - share) * x[self.random.permutation(len(x))], y
+
+
+def _noisy_loader() -> DataLoader[Any]:
+    return DataLoader(_Noisy(late=False), 4, shuffle=True, collate_fn=_MixUp())
+
+
+class _NoisyModel(nn.Module):
+    """Has a generator of its own, and a buffer that its state_dict() leaves out."""
+
+    running: Tensor
+
+    def __init__(self, seed: int = 0) -> None:
+        super().__init__()
+        self.layers = small_model(seed)
+        self.generator = torch.Generator().manual_seed(seed)
+        self.register_buffer("running", torch.zeros(6), persistent=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        if self.training:
+            self.running = 0.9 * self.running + 0.1 * x.mean(0)
+        noise = torch.randn(x.shape, generator=self.generator)
+        result: Tensor = self.layers(x - self.running + 0.1 * noise)
+        return result
+
+
+@pytest.mark.parametrize("stop", [1, 4, 8])
+@pytest.mark.parametrize(
+    ("make_model", "given"),
+    [
+        (small_model, {"data": _Noisy}),
+        (small_model, {"data": _noisy_loader}),
+        (small_model, {"collate_fn": _MixUp}),
+        (_NoisyModel, {}),
+    ],
+    ids=["dataset", "foreign loader", "collate_fn", "model"],
+)
+def test_generators_that_parts_have_of_their_own(
+    tmp_path: Path, make_model: Callable[..., nn.Module], given: dict[str, Any], stop: int
+) -> None:
+    def trainer(seed: int = 0, **options: Any) -> Trainer:
+        made = {name: make() for name, make in given.items()}
+        return small_trainer(make_model(seed), **made, **options)
+
+    whole = trainer()
+    whole.train()
+    trainer(loss=_StopAt(stop), checkpoints=tmp_path).train()
+    resumed = trainer(seed=9, checkpoints=tmp_path)
+    resumed.train()
+    assert_equal(tensors_of(resumed), tensors_of(whole))
 
 
 def test_stopped_again_and_again(tmp_path: Path) -> None:

@@ -56,6 +56,7 @@ def test_a_bare_value_stands_for_a_group() -> None:
         ({"checkpoints": ""}, "checkpoints.folder: the name of a folder is empty"),
         ({"precision": "fp16"}, "precision is 'fp16'; input should be 'auto', 'bf16' or 'fp32'"),
         ({"threads": 0}, "threads must be at least 1, or 'auto'"),
+        ({"threads": 10**8}, "threads must be at most 1024, or 'auto'"),
         ({"workers": -1}, "workers must be at least 0, or 'auto'"),
         ({"threads": "many"}, "threads is 'many'"),
         ({"on_nan": "rollback"}, "needs checkpoints to roll back to"),

@@ -166,8 +166,10 @@ def test_wrong_metrics_are_named() -> None:
     assert isinstance(check_metrics(["accuracy"])["accuracy"], Accuracy)
     with pytest.raises(ValueError, match=r"no metric 'acc'; known by name are accuracy"):
         check_metrics(["acc"])
-    with pytest.raises(ValueError, match="must not be called 'loss'"):
-        check_metrics({"loss": Accuracy()})
+    for column in ("loss", "step"):
+        with pytest.raises(ValueError, match=f"must not be called '{column}'"):
+            check_metrics({column: Accuracy()})
+    assert [*check_metrics({"own": Accuracy()})] == ["own"]
     with pytest.raises(TypeError, match="metric 'a' must be a function"):
         check_metrics({"a": 3})  # type: ignore[dict-item]
     for alone in ("accuracy", torchmetrics_accuracy()):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import random
 from typing import Any
 
@@ -13,8 +14,10 @@ from hypothesis import strategies as st
 
 from optcpu.runtime.data.randomness import (
     generator_state,
+    generators_in,
     random_bits,
     seed_everything,
+    seed_generator,
     set_generator_state,
     stream_key,
 )
@@ -84,3 +87,51 @@ def test_a_generator_goes_on_from_its_state(generator: Any, draw: Any) -> None:
 
 def test_other_things_have_no_state() -> None:
     assert generator_state(7) is None
+
+
+GENERATORS: list[Any] = [
+    np.random.default_rng(0),
+    np.random.Generator(np.random.Philox(0)),
+    np.random.RandomState(0),
+    random.Random(0),
+    torch.Generator(),
+]
+
+
+@pytest.mark.parametrize("generator", GENERATORS, ids=lambda one: type(one).__name__)
+def test_a_seed_decides_what_comes(generator: Any) -> None:
+    def draw() -> float:
+        if isinstance(generator, torch.Generator):
+            return float(torch.rand((), generator=generator))
+        return float(generator.random() if hasattr(generator, "random") else generator.rand())
+
+    drawn = []
+    for seed in (2**64 - 1, 5, 2**64 - 1):
+        seed_generator(generator, seed)
+        drawn.append((draw(), draw()))
+    assert drawn[0] == drawn[2] != drawn[1]
+
+
+class _Part:
+    def __init__(self, **parts: Any) -> None:
+        self.__dict__.update(parts)
+
+
+def test_generators_are_found_where_they_are() -> None:
+    first, second, third = random.Random(), torch.Generator(), np.random.default_rng()
+    transform = functools.partial(max, 1, key=_Part(generator=second))
+    dataset = _Part(
+        rng=first, transforms=[None, transform], again=first, inner=_Part(rng={"a": third})
+    )
+    dataset.inner.outer = dataset  # type: ignore[attr-defined]
+    found = generators_in({"dataset": dataset})
+    assert found == {
+        "dataset.rng": first,
+        "dataset.inner.rng.a": third,
+        "dataset.transforms.1.key.generator": second,
+    }
+
+
+def test_samples_are_not_searched() -> None:
+    samples = [_Part(rng=random.Random()) for _ in range(100)]
+    assert generators_in({"dataset": _Part(samples=samples, x=torch.ones(3))}) == {}
