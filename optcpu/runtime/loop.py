@@ -111,7 +111,12 @@ class Loop:
             if self._stopped():
                 self._save("stopped")
                 return self._stop.by or "another process"
-            step = self._run.pending or self.draw()
+            try:
+                step = self._run.pending or self.draw()
+            except OptcpuError:
+                if self._stop.by is None or self._run.world.size > 1:
+                    raise
+                continue  # a signal to the whole group ends the processes that load the data, too
             if step is None:
                 self._end_epoch()
             else:

@@ -173,6 +173,36 @@ def test_generators_that_parts_have_of_their_own(
     assert_equal(tensors_of(resumed), tensors_of(whole))
 
 
+class _EndsWithTheGroup(Dataset[Any]):
+    """Raises once the process is to stop, as loading processes do that the same signal has ended."""
+
+    def __init__(self, fetches: int | None) -> None:
+        self.samples, self.fetches = small_data(), fetches
+
+    def __len__(self) -> int:
+        return len(self.samples)
+
+    def __getitem__(self, index: int) -> Any:
+        if self.fetches is not None:
+            self.fetches -= 1
+            if self.fetches < 0:
+                os.kill(os.getpid(), signal.SIGTERM)
+                raise RuntimeError("DataLoader worker exited unexpectedly")
+        return self.samples[index]
+
+
+def test_a_signal_that_ends_the_loading_processes_as_well_is_no_failure(tmp_path: Path) -> None:
+    whole = small_trainer(data=_EndsWithTheGroup(None), workers=0)
+    whole.train()
+    stopped = small_trainer(data=_EndsWithTheGroup(30), workers=0, checkpoints=tmp_path)
+    assert stopped.train().stopped_by == "SIGTERM"
+    resumed = small_trainer(
+        small_model(9), data=_EndsWithTheGroup(None), workers=0, checkpoints=tmp_path
+    )
+    resumed.train()
+    assert_equal(tensors_of(resumed), tensors_of(whole))
+
+
 def test_stopped_again_and_again(tmp_path: Path) -> None:
     whole = small_trainer(data=foreign_loader())
     whole.train()
