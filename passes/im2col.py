@@ -7,8 +7,9 @@ are added up where they came from.
 The rows take the memory of the image as often as the kernel has places. So those for the weight are written
 for a few images at a time, or for a part of one, and their products are added up. oneDNN computes the
 gradient of the weight at half the speed of its other products in FP32; from 64 channels on this is faster,
-by a tenth to a half, and with images of 224 x 224 places by more than twice. The input's gradient gains only with small images of many channels, at the end of a
-network, for which nearly all of oneDNN's time goes to the weight, which it reads for every image.
+by a tenth to a half, and with images of 224 x 224 places twice as fast or more. The input gradient gains
+only with small images of many channels, at the end of a network, where nearly all of oneDNN's time goes to
+the weight, which it reads for every image.
 
 Source: Chellapilla, Puri and Simard, "High Performance Convolutional Neural Networks for Document
 Processing" (2006), section 3.1, "unfolding".
