@@ -18,6 +18,8 @@ from optcpu.optim.lookahead import Lookahead
 from optcpu.runtime.objective import objective
 from optcpu.runtime.world import World
 
+_TOO_FEW = "Expected more than 1 value per channel"  # so PyTorch tells of batch norm
+
 
 @dataclass
 class MicroBatches:
@@ -129,7 +131,15 @@ class StepRunner:
     def run_micro_batch(self, step: MicroBatches) -> None:
         """Forward and backward of the next micro-batch of ``step``; its gradient is added."""
         batch = step.batches[step.done]
-        loss = self._objective(batch)
+        try:
+            loss = self._objective(batch)
+        except ValueError as error:
+            if _TOO_FEW not in str(error):
+                raise
+            raise OptcpuError(
+                f"batch norm needs two samples or more, and {describe_call(batch)} has too few: leave an "
+                "incomplete last batch out with drop_last=True, or choose another batch_size"
+            ) from error
         if not isinstance(loss, Tensor) or loss.numel() != 1:
             what = tuple(loss.shape) if isinstance(loss, Tensor) else type(loss).__name__
             raise TypeError(

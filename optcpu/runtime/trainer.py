@@ -175,7 +175,7 @@ class Trainer:
         self._validation: Callable[[], Iterable[Batch]] | None = None
         if validation_data is not None:
             self._validation = evaluation_batches(
-                validation_data, self.options.batch_size, collate_fn
+                validation_data, self.options.batch_size, collate_fn, self._world.size
             )
         self.optimizer = self._make_optimizer(optimizer)
         compile_model(model, self.optimizer, self.options, passes, state_dtype)

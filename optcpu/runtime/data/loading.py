@@ -117,14 +117,17 @@ def make_loader(
 
 
 def evaluation_batches(
-    data: Any, batch_size: int, collate_fn: Collate | None = None
+    data: Any, batch_size: int, collate_fn: Collate | None = None, world_size: int = 1
 ) -> Callable[[], Iterable[Any]]:
     """A function that gives all batches of ``data``, in order and the same each time it is called.
+
+    Where several processes train, each goes through all of them, and the first one's results count.
 
     Args:
         data: a dataset, or what gives batches each time it is gone through.
         batch_size: samples in a batch, where ``data`` are a dataset.
         collate_fn: makes a batch of a list of samples, where ``data`` are a dataset.
+        world_size: number of processes that train together.
 
     Raises:
         TypeError: ``data`` are neither, or can be gone through once only.
@@ -137,6 +140,11 @@ def evaluation_batches(
         )
     if length_of(data) == 0:
         raise ValueError("the data to evaluate on are empty")
+    if world_size > 1 and isinstance(data, DataLoader) and _is_shared(data):
+        warn(
+            "only the first process's part of the validation data counts, as their loader has a "
+            "DistributedSampler: leave that out, or give the dataset in place of the loader"
+        )
     if not _is_dataset(data):
         return lambda: data
     loader = make_loader(data, batch_size, shuffle=False, workers=0, collate_fn=collate_fn)
@@ -366,13 +374,19 @@ def _warn_if_not_shared(data: Any) -> None:
             "each process goes through all of the training data, as they are a list of batches: give each "
             "process a list of its own, or give a dataset"
         )
-    if isinstance(data, DataLoader) and not isinstance(data.dataset, IterableDataset):
-        samplers = (data.sampler, data.batch_sampler, getattr(data.batch_sampler, "sampler", None))
-        if not any(hasattr(s, "num_replicas") or hasattr(s, "world_size") for s in samplers):
-            warn(
-                "each process goes through all of the training data, as the loader has no "
-                "DistributedSampler: give one to the loader, or give the dataset in place of the loader"
-            )
+    from_samples = isinstance(data, DataLoader) and not isinstance(data.dataset, IterableDataset)
+    if from_samples and not _is_shared(data):
+        warn(
+            "each process goes through all of the training data, as the loader has no "
+            "DistributedSampler: give one to the loader, or give the dataset in place of the loader"
+        )
+
+
+def _is_shared(loader: DataLoader[Any]) -> bool:
+    """Whether each process is to have other samples."""
+    by_batch: Any = loader.batch_sampler
+    samplers = (loader.sampler, by_batch, getattr(by_batch, "sampler", None))
+    return any(hasattr(s, "num_replicas") or hasattr(s, "world_size") for s in samplers)
 
 
 def _told(error: Exception) -> str:

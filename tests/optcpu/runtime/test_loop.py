@@ -23,6 +23,7 @@ from optcpu.optim import AdamW
 from optcpu.runtime import Callback, CheckpointFolder, TrainingDiverged
 from optcpu.runtime.loop import Loop
 from optcpu.runtime.plan import Plan
+from optcpu.runtime.world import World
 
 
 class _BadIn:
@@ -221,6 +222,24 @@ def test_validation_comes_when_it_is_due() -> None:
         note = Note()
         small_trainer(validation_data=small_data(6), callbacks=[note], **given).train()
         assert note.steps == expected
+
+
+@pytest.mark.parametrize("compiled", [False, pytest.param(True, marks=pytest.mark.slow)])
+def test_batch_norm_of_one_sample_is_told_with_the_remedy(compiled: bool) -> None:
+    model = nn.Sequential(nn.Linear(6, 3), nn.BatchNorm1d(3))
+    with pytest.raises(OptcpuError, match=r"two samples or more.* drop_last=True"):
+        small_trainer(model, small_data(9), compile=compiled).train()
+    small_trainer(model, small_data(9), compile=compiled, drop_last=True).train()
+
+
+def test_the_first_process_validates_for_all(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What follows from a validation must be the same in each, whatever each has found."""
+
+    def gather(world: World, mine: Any) -> list[Any]:
+        return [{"loss": 0.125}, mine] if isinstance(mine, dict) and "loss" in mine else [mine]
+
+    monkeypatch.setattr(World, "gather", gather)
+    assert small_trainer(validation_data=small_data(6)).train().metrics == {"loss": 0.125}
 
 
 def test_a_plateau_scheduler_follows_validation() -> None:

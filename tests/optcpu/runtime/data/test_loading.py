@@ -9,6 +9,7 @@ import re
 import subprocess
 import sys
 import time
+import warnings
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -363,6 +364,17 @@ class TestOtherData:
     def test_processes_that_do_not_share_the_data_are_warned_of(self) -> None:
         with pytest.warns(UserWarning, match="no DistributedSampler"):
             Feed(DataLoader(Augmented(), 4), world_size=2)
+
+    def test_processes_that_share_the_data_to_validate_on_are_warned_of(self) -> None:
+        loader = DataLoader(Augmented(), 4, sampler=DistributedSampler(Augmented(), 2, 0))
+        with pytest.warns(
+            UserWarning, match="only the first process's part of the validation data"
+        ):
+            evaluation_batches(loader, 4, world_size=2)
+        with warnings.catch_warnings():
+            warnings.simplefilter("error")
+            evaluation_batches(loader, 4)
+            evaluation_batches(DataLoader(Augmented(), 4), 4, world_size=2)
 
 
 class TestFailures:
