@@ -7,10 +7,11 @@ at once, in any order, in any process.
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import random
 from collections.abc import Iterable, Iterator, Mapping
-from types import ModuleType
+from types import FunctionType, MethodType, ModuleType
 from typing import Any
 
 import numpy as np
@@ -94,8 +95,8 @@ _MOST = 1000  # objects to look at
 def generators_in(owners: Mapping[str, object]) -> dict[str, Any]:
     """The generators that objects, or what they consist of, have as attributes; each once, by its path.
 
-    Looked at are attributes, elements of short lists, tuples and dictionaries, and the arguments of partial
-    functions, to a depth of five: a transform of a dataset in a dataset, say.
+    Looked at are attributes, elements of short lists, tuples and dictionaries, arguments of partial
+    functions, and variables of enclosing ones, to a depth of five: a transform of a dataset in a dataset.
 
     Args:
         owners: by the names that begin the paths, as in ``"dataset.transform.rng"``.
@@ -121,8 +122,15 @@ def generators_in(owners: Mapping[str, object]) -> dict[str, Any]:
 
 def _parts_of(owner: object) -> Iterator[tuple[str, object]]:
     if isinstance(owner, functools.partial):
+        yield "func", owner.func
         yield from _numbered(owner.args)
         yield from owner.keywords.items()
+    elif isinstance(owner, MethodType):
+        yield "self", owner.__self__
+    elif isinstance(owner, FunctionType):
+        for name, cell in zip(owner.__code__.co_freevars, owner.__closure__ or (), strict=True):
+            with contextlib.suppress(ValueError):  # nothing is in it yet
+                yield name, cell.cell_contents
     elif isinstance(owner, (list, tuple)):
         if len(owner) <= _LONGEST:
             yield from _numbered(owner)
@@ -148,8 +156,8 @@ def generator_state(generator: object) -> Any:
         return generator.bit_generator.state
     if isinstance(generator, np.random.RandomState):
         return generator.get_state(legacy=False)
-    if isinstance(generator, random.Random):
-        return generator.getstate()
+    if isinstance(generator, random.Random) and not isinstance(generator, random.SystemRandom):
+        return generator.getstate()  # the system's generator has none
     return None
 
 

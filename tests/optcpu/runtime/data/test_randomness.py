@@ -132,6 +132,27 @@ def test_generators_are_found_where_they_are() -> None:
     }
 
 
+def test_generators_of_functions_are_found() -> None:
+    class Collator:
+        def __init__(self) -> None:
+            self.rng = random.Random()
+
+        def collate(self, samples: list[Any]) -> list[Any]:
+            return self.rng.sample(samples, 2)
+
+    enclosed, collator = np.random.default_rng(), Collator()
+
+    def collate(samples: list[Any]) -> Any:
+        return enclosed.permutation(samples)
+
+    owners = {"method": collator.collate, "function": functools.partial(collate)}
+    assert generators_in(owners) == {
+        "method.self.rng": collator.rng,
+        "function.func.enclosed": enclosed,
+    }
+
+
 def test_samples_are_not_searched() -> None:
     samples = [_Part(rng=random.Random()) for _ in range(100)]
-    assert generators_in({"dataset": _Part(samples=samples, x=torch.ones(3))}) == {}
+    dataset = _Part(samples=samples, x=torch.ones(3), names=random.SystemRandom())
+    assert generators_in({"dataset": dataset}) == {}
