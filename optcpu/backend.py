@@ -1,6 +1,7 @@
 """The compiler backend: Inductor with optcpu's passes.
 
-This file and :mod:`optcpu.cpp_ahead` are the only ones that touch Inductor.
+This file, :mod:`optcpu.cpp_ahead`, :mod:`optcpu.cpp_batch` and :mod:`optcpu.random_numbers` are the only
+ones that touch Inductor.
 
 Dynamo hands over one captured graph at a time. AOTAutograd traces forward and backward as one joint
 graph, on which the ``"joint"`` passes run through Inductor's ``joint_custom_pre_pass`` hook. The
@@ -17,21 +18,18 @@ import logging
 from collections.abc import Callable, Sequence
 from typing import Any
 
-import torch
 from torch import Tensor, fx
 from torch._dynamo.exc import RestartAnalysis
 from torch._functorch import config as functorch_config
 from torch._functorch._aot_autograd.utils import make_boxed_func
 from torch._inductor import config as inductor_config
-from torch._inductor import inductor_prims
 from torch._inductor.compile_fx import compile_fx, compile_fx_inner
 from torch._inductor.custom_graph_pass import CustomGraphPass
 from torch._inductor.decomposition import select_decomp_table
 from torch._inductor.fx_passes.post_grad import view_to_reshape
-from torch.utils.checkpoint import CheckpointPolicy
 
 import passes
-from optcpu import cpp_ahead
+from optcpu import cpp_ahead, random_numbers
 from optcpu.errors import CompileError, FallbackWarning, warn
 from optcpu.pipeline import Pipeline, default_passes, resolve_precision
 from optcpu.record import Fallback, GraphKind, GraphRun, Record, copy_graph
@@ -176,8 +174,6 @@ class Backend:
 _RAN = "optcpu_joint_passes_ran"
 # PyTorch saves nothing at all where it is 0, not even what it was told to.
 _LEAST_ACTIVATION_MEMORY = 1e-9
-# Inductor's own operators for random numbers have no tag that says what they do.
-_RANDOM = (inductor_prims.random, inductor_prims.randint)
 # An output that is a view hangs on its base by nodes that PyTorch has added.
 _LONGEST_CHAIN_OF_VIEWS = 3
 
@@ -225,17 +221,10 @@ class _CacheKey(CustomGraphPass):  # type: ignore[misc]
 
 
 class _KeepRandomNumbers(_CacheKey):
-    """Keeps random numbers, or what follows from them, from being drawn anew in the backward pass.
-
-    They would be other ones: PyTorch does not restore the generator for that on CPUs.
-    """
+    """Keeps random numbers from being drawn anew in the backward pass; the partitioner runs after this."""
 
     def __call__(self, graph: fx.Graph) -> None:
-        """Have the partitioner save them; it runs after this."""
-        for node in graph.nodes:
-            tags = getattr(node.target, "tags", ())
-            if torch.Tag.nondeterministic_seeded in tags or node.target in _RANDOM:
-                node.meta["recompute"] = CheckpointPolicy.MUST_SAVE
+        random_numbers.keep_random_numbers(graph)
 
 
 class _GraphCompiler:
@@ -244,6 +233,7 @@ class _GraphCompiler:
     def __init__(self, backend: Backend, region: int) -> None:
         self._backend = backend
         self._region = region
+        self._forward_is_eager = False
 
     def __call__(
         self, module: fx.GraphModule, example_inputs: Sequence[Any], **options: Any
@@ -252,6 +242,9 @@ class _GraphCompiler:
         graph_run = GraphRun(self._region, kind)
         self._backend.run_passes(module, "split", graph_run)
         eager = _boxed(fx.GraphModule(module, copy.deepcopy(module.graph)))
+        draws_anew = kind == "backward" and random_numbers.are_made_of_seeds(module.graph)
+        if draws_anew and self._forward_is_eager:
+            return eager
         if "get_decomp_fn" in options:  # 2.13; the cache key needs one that can be pickled
             options["get_decomp_fn"] = _decompositions
         try:
@@ -265,7 +258,14 @@ class _GraphCompiler:
             with cpp_ahead.kernels_compiled_as_written():
                 compiled = _generate(module, example_inputs, options, graph_run)
         except Exception as error:
+            if draws_anew:
+                raise CompileError(
+                    f"optcpu: the backward of captured graph {self._region} cannot be compiled: "
+                    f"{_first_line(error)}. It needs the random numbers of the compiled forward again. "
+                    "Remedy: take random operators out of what is checkpointed"
+                ) from error
             self._backend.fell_back(f"the {kind} of captured graph {self._region}", error)
+            self._forward_is_eager = True
             return eager
         if self._backend.record.keep_graphs:
             graph_run.output_code = getattr(compiled, "source_code", None)
@@ -301,6 +301,7 @@ def _boxed(module: fx.GraphModule) -> Callable[..., Any]:
     A pass may have changed strides, for which generated code does not care but ``view`` does.
     """
     view_to_reshape(module)
+    random_numbers.make_of_seeds(module.graph)
     module.recompile()
     return make_boxed_func(module)  # type: ignore[no-any-return]
 
