@@ -30,6 +30,7 @@ from torch._inductor.fx_passes.post_grad import view_to_reshape
 
 import passes
 from optcpu import cpp_ahead, random_numbers
+from optcpu.composites import take_replaced_apart
 from optcpu.errors import CompileError, FallbackWarning, warn
 from optcpu.pipeline import Pipeline, default_passes, resolve_precision
 from optcpu.record import Fallback, GraphKind, GraphRun, Record, copy_graph
@@ -95,6 +96,7 @@ class Backend:
         if key is None:
             patches["fx_graph_cache"] = False
             tracing["enable_autograd_cache"] = False
+        take_replaced_apart()
         try:
             with functorch_config.patch(tracing):
                 compiled: Any = compile_fx(

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 import optcpu
 from optcpu.cpu import capabilities
+from optcpu.layout import ipex
 from optcpu.optimize import compiled_call
 from tests.families import FAMILIES, Family, Inputs, loss_of, tensors_of
 
@@ -87,6 +88,20 @@ def test_without_generated_code_sizes_may_vary(family: Family) -> None:
         torch.manual_seed(size)
         given = family.inputs(size)
         assert_close_in_fp32(step(model, given), step(reference, given))
+
+
+@pytest.mark.skipif(ipex.why_impossible() is not None, reason="needs IPEX")
+def test_beside_intels_extension(family: Family) -> None:
+    """Its import replaces kernels, which what is traced must not depend on."""
+    if family.name == "lstm":
+        pytest.skip("recurrent layers run eagerly as they are")
+    reference = step(built(family), inputs(family, 0))
+    ipex.load()
+    model = optcpu.optimize(built(family), precision="fp32", fallback=False)
+    call = compiled_call(model)
+    assert call is not None
+    call.backend.codegen = False  # nothing comes from a cache
+    assert_close_in_fp32(step(model, inputs(family, 0)), reference)
 
 
 def test_bf16_is_as_exact_as_autocast(family: Family) -> None:
