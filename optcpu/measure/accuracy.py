@@ -56,6 +56,8 @@ class Accuracy:
         worst_gradient: name of the parameter with the largest error of its gradient; None if no
             gradient has any.
         worst_gradient_error: that error.
+        without_gradient: names of the parameters that only the reference has a gradient for, other than
+            rounding noise.
         notes: what a reader must know about these figures.
     """
 
@@ -64,6 +66,7 @@ class Accuracy:
     gradient: float | None
     worst_gradient: str | None
     worst_gradient_error: float
+    without_gradient: list[str]
     notes: list[str]
 
 
@@ -100,6 +103,9 @@ def compare_first_steps(step: FirstStep, reference: FirstStep) -> Accuracy:
         gradient=None if foreign else _relative((difference, total)),
         worst_gradient=worst,
         worst_gradient_error=0.0 if worst is None else errors[worst],
+        without_gradient=[
+            n for n in reference.gradients if n in errors and n not in step.gradients
+        ],
         notes=notes,
     )
 

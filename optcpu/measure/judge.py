@@ -89,10 +89,22 @@ def _tell_preparation(row: Row, m: Measured, reference: Measured, passes: int) -
     row.losses = told["losses"]
     row.first_loss, row.final_loss = _ends(row.losses, passes)
     row.movement = _movement(told["change_norms"], _preparation(reference)["change_norms"])
-    problem = _not_learned(row, *_ends(_preparation(reference)["losses"], passes))
+    problem = _not_differentiated(accuracy) or _not_learned(
+        row, *_ends(_preparation(reference)["losses"], passes)
+    )
     row.learned = problem is None
     if problem is not None:
         row.notes.append(problem)
+
+
+def _not_differentiated(accuracy: dict[str, Any] | None) -> str | None:
+    """Which gradients the variant lacks; a step that computes less is no faster one."""
+    missing = accuracy["without_gradient"] if accuracy else []
+    if not missing:
+        return None
+    return (
+        f"lacks the gradients of {len(missing)} parameters that eager-fp32 has ({missing[0]}, ...)"
+    )
 
 
 def _ends(losses: Sequence[float], passes: int) -> tuple[float, float]:

@@ -46,7 +46,7 @@ class Row:
         final_loss: mean loss of its last pass over the batches (or of the second half).
         losses: the loss of each of its steps.
         movement: how far the parameters moved in it, relative to eager FP32 (L2 norm).
-        learned: whether loss and movement followed eager FP32's.
+        learned: whether loss and movement followed eager FP32's, and no gradient was missing.
         failed: why the variant has no figures, in one line; None if it has them.
         failure_log: the traceback or the end of the output, where it failed.
         notes: what a reader must know about these figures.

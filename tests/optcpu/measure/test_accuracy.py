@@ -40,9 +40,11 @@ def test_large_tensors_are_compared_whole() -> None:
 
 
 def test_a_missing_gradient_counts_as_zero() -> None:
-    accuracy = compare_first_steps(first_step(), first_step(w=torch.ones(5)))
+    reference = first_step(w=torch.ones(5), noise=torch.full((1,), 1e-9), v=torch.ones(2))
+    accuracy = compare_first_steps(first_step(v=torch.ones(2)), reference)
     assert accuracy.worst_gradient == "w"
     assert accuracy.worst_gradient_error == 1.0
+    assert accuracy.without_gradient == ["w"]
 
 
 def test_a_gradient_that_should_not_be_there_is_an_infinite_error() -> None:

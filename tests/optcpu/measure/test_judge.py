@@ -101,16 +101,26 @@ def test_a_peer_is_never_the_best_stock_variant() -> None:
     assert best == "eager-fp32"
 
 
+ACCURACY: dict[str, Any] = {
+    "output": 1e-3,
+    "loss": 1e-4,
+    "gradient": 1e-2,
+    "worst_gradient": "w",
+    "worst_gradient_error": 0.1,
+    "without_gradient": [],
+    "notes": ["a note"],
+}
+
+
+def test_what_lacks_gradients_is_not_the_best() -> None:
+    told = {"accuracy": ACCURACY | {"without_gradient": ["a", "b"]}}
+    rows, best = rows_of([EAGER, measured("compiled-fp32", [0.01] * 3, **told)], 1, 1, ideal_ms=40)
+    assert best == "eager-fp32"
+    assert rows[1].notes[-1] == "lacks the gradients of 2 parameters that eager-fp32 has (a, ...)"
+
+
 def test_errors_are_taken_over() -> None:
-    accuracy = {
-        "output": 1e-3,
-        "loss": 1e-4,
-        "gradient": 1e-2,
-        "worst_gradient": "w",
-        "worst_gradient_error": 0.1,
-        "notes": ["a note"],
-    }
-    rows, _ = rows_of([EAGER, measured("optcpu", [0.1] * 3, accuracy=accuracy)], 1, 1, ideal_ms=40)
+    rows, _ = rows_of([EAGER, measured("optcpu", [0.1] * 3, accuracy=ACCURACY)], 1, 1, ideal_ms=40)
     assert (rows[1].output_error, rows[1].loss_error, rows[1].gradient_error) == (1e-3, 1e-4, 1e-2)
     assert (rows[1].worst_gradient, rows[1].worst_gradient_error) == ("w", 0.1)
     assert rows[1].notes == ["a note"]
