@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Annotated, Any, ClassVar, Literal, TypeVar
 
@@ -21,6 +22,7 @@ def _folder(path: Path) -> Path:
 Folder = Annotated[Path, Field(strict=False), AfterValidator(_folder)]
 
 
+_EXPECTED = "; input should be "  # pydantic's words
 _MOST_THREADS = 1024  # or processes: more end the process before anything can be told
 
 
@@ -321,8 +323,19 @@ def read_options(kind: type[SomeOptions], given: dict[str, Any], what: str) -> S
     try:
         return kind.model_validate(given)
     except ValidationError as error:
-        problems = dict.fromkeys(_problem(kind, dict(one)) for one in error.errors())
+        problems = _joined(_problem(kind, dict(one)) for one in error.errors())
         raise ValueError(f"{what}: {'; '.join(problems)}") from None
+
+
+def _joined(problems: Iterable[str]) -> list[str]:
+    """Without repetitions, and in one sentence what a value could have been instead."""
+    joined: dict[str, list[str]] = {}
+    for problem in problems:
+        start, expected, instead = problem.partition(_EXPECTED)
+        alternatives = joined.setdefault(start + expected, [])
+        if instead not in alternatives:
+            alternatives.append(instead)
+    return [start + " or ".join(alternatives) for start, alternatives in joined.items()]
 
 
 def _problem(kind: type[Options], error: dict[str, Any]) -> str:
@@ -337,17 +350,26 @@ def _problem(kind: type[Options], error: dict[str, Any]) -> str:
     name = ".".join(path)
     if error["type"] == "extra_forbidden":
         known = _names_at(kind, path[:-1])
-        near = difflib.get_close_matches(path[-1], known, n=1)
+        near = [*_groups_with(kind, path), *difflib.get_close_matches(path[-1], known, n=1)]
         hint = f"did you mean {near[0]!r}?" if near else f"known are {', '.join(known)}"
         return f"there is no setting {name!r}; {hint}"
     if error["type"] == "value_error" and not path:
         return str(error["ctx"]["error"])
     if error["type"] == "value_error":
         return f"{name}: {error['ctx']['error']}"
+    if error["type"] == "missing" and len(path) < len(error["loc"]):
+        return f"{name} is {error['input']!r}; it has too few values"
     if error["type"] == "missing":
         return f"{name} is missing: it is required beside the other settings of its group"
     message = str(error["msg"])
     return f"{name} is {error['input']!r}; {message[:1].lower()}{message[1:]}"
+
+
+def _groups_with(kind: type[Options], path: list[str]) -> list[str]:
+    """The groups beside ``path``, as in ``"optimizer.lr"``, that do have a setting of its last name."""
+    groups = [[*path[:-1], name] for name in _names_at(kind, path[:-1])]
+    inner = [[*group, path[-1]] for group in groups if path[-1] in _names_at(kind, group)]
+    return [".".join(names) for names in inner]
 
 
 def _names_at(kind: type[Options], path: list[str]) -> list[str]:

@@ -9,10 +9,13 @@ from optcpu.runtime.options import EarlyStopping
 
 
 def is_better(value: float, than: float | None, mode: str, min_delta: float = 0.0) -> bool:
-    """Whether ``value`` improves on ``than`` by more than ``min_delta``; None is improved by any number."""
-    if math.isnan(value):
+    """Whether ``value`` improves on ``than`` by more than ``min_delta``.
+
+    None is improved by any number; NaN and infinities are no improvement, whatever the mode.
+    """
+    if not math.isfinite(value):
         return False
-    if than is None or math.isnan(than):
+    if than is None or not math.isfinite(than):
         return True
     return than - value > min_delta if mode == "min" else value - than > min_delta
 

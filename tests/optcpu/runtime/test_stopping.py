@@ -51,4 +51,6 @@ def test_is_better() -> None:
     assert is_better(1.0, None, "min")
     assert is_better(1.0, math.nan, "max")
     assert not is_better(math.nan, None, "min")
+    assert not is_better(math.inf, 1.0, "max")
+    assert not is_better(-math.inf, None, "min")
     assert not is_better(1.0, 1.0, "max")
