@@ -102,6 +102,13 @@ def test_ranges_keep_what_their_operators_leave(monkeypatch: pytest.MonkeyPatch)
     assert len(costs) == 4
 
 
+def test_what_a_graph_leaves_is_generated_code_with_a_range_of_its_own_and_without() -> None:
+    own = _event("CompiledFunction", 5.0)
+    around = _event("CompiledFunction", 5.0, _event("## Call CompiledFxGraph f00 ##", 4.0))
+    assert list(module._pieces_of(own)) == [("generated", "", 5.0)]
+    assert list(module._pieces_of(around)) == [("python", "", 1.0), ("generated", "", 4.0)]
+
+
 COSTS = [
     {"kind": "products", "what": "mm 8x8 8x8", "calls": 2.0, "ms": 10.0},
     {"kind": "products", "what": "mm 8x8 8x9", "calls": 1.0, "ms": 30.0},
