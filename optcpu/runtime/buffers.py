@@ -169,10 +169,10 @@ def _memory_of(tensor: Tensor) -> memoryview:
     """The bytes of ``tensor``, where they are.
 
     Raises:
-        TypeError, RuntimeError: NumPy does not know the dtype, as BF16.
-        ValueError: they do not lie one after the other, or there are none.
+        TypeError, RuntimeError: they do not lie one after the other, or not in memory.
+        ValueError: there are none.
     """
-    memory = memoryview(tensor.detach().numpy()).cast("B")  # type: ignore[arg-type]
+    memory = memoryview(tensor.detach().view(-1).view(torch.uint8).numpy())  # type: ignore[arg-type]
     if not memory.nbytes:
         raise ValueError("no bytes")
     return memory
