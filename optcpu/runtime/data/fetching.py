@@ -121,9 +121,12 @@ def batch_of(dataset: Dataset[Any], indices: list[int]) -> list[torch.Tensor]:
 
 
 def begin_worker(_: int) -> None:
-    """How a loading process treats signals: Ctrl-C is for the main one, which ends the others."""
+    """How a loading process treats signals: what is sent to the whole group is for the main one to obey.
+
+    That still needs batches until it stops, and ends the others then. A second SIGTERM ends this one.
+    """
     signal.signal(signal.SIGINT, signal.SIG_IGN)
-    signal.signal(signal.SIGTERM, signal.SIG_DFL)
+    signal.signal(signal.SIGTERM, lambda number, _: signal.signal(number, signal.SIG_DFL))
 
 
 class FetchTime(NamedTuple):

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import copy
 import json
+import os
 import random
 import re
+import signal
 import subprocess
 import sys
 import time
@@ -594,3 +596,26 @@ class TestEvaluation:
     def test_what_can_be_gone_through_once_is_refused(self) -> None:
         with pytest.raises(TypeError, match="only"):
             evaluation_batches(iter([1]), 4)
+
+
+class ItsProcess(Dataset[Tensor]):
+    """The process that fetches a sample."""
+
+    def __len__(self) -> int:
+        return 40
+
+    def __getitem__(self, index: int) -> Tensor:
+        return torch.tensor(os.getpid())
+
+
+def test_a_signal_to_the_whole_group_does_not_end_a_loading_process_but_a_second_one_does() -> None:
+    batches = iter(make_loader(ItsProcess(), batch_size=2, workers=1))
+    worker = int(next(batches)[0])
+    assert worker != os.getpid()
+    for number in (signal.SIGINT, signal.SIGTERM):
+        os.kill(worker, number)
+    for _ in range(5):  # more than were fetched ahead
+        next(batches)
+    os.kill(worker, signal.SIGTERM)
+    with pytest.raises(RuntimeError, match="worker"):
+        list(batches)
