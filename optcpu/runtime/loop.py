@@ -18,11 +18,19 @@ from optcpu.measure.batches import Batch, signature
 from optcpu.optimize import compiled_call
 from optcpu.runtime.checkpoint.folder import CheckpointFolder
 from optcpu.runtime.display import Display
+from optcpu.runtime.freezing.freezer import DynamicFreezer
 from optcpu.runtime.metrics_log import MetricsLog
 from optcpu.runtime.options import TrainerOptions
 from optcpu.runtime.run import Run
 from optcpu.runtime.signals import StopRequest
-from optcpu.runtime.step import MicroBatches, StepRunner, collect, not_finite, trained_parameters
+from optcpu.runtime.step import (
+    MicroBatches,
+    StepRunner,
+    buffers_of,
+    collect,
+    not_finite,
+    trained_parameters,
+)
 from optcpu.runtime.stopping import is_better
 from optcpu.runtime.validation import Metric, validate
 
@@ -164,13 +172,19 @@ class Loop:
         position.samples += samples
         position.epoch_ended = False
         if run.freezer is not None and step.bad is None:
-            run.freezer.step()
+            self._freeze(run.freezer)
         self._before, self._changed, self._updating = None, True, False
         phase = "compile" if self._has_compiled() else "step"
         run.clock.add(phase, time.perf_counter() - started)
         if phase == "compile" and not self._options.dynamic:
             self._note_shapes(step)
         self._report(step, norm, samples)
+
+    def _freeze(self, freezer: DynamicFreezer) -> None:
+        before = len(freezer.events)
+        freezer.step()
+        if len(freezer.events) > before:  # all go on with the statistics that are saved
+            self._run.world.share_from_first(buffers_of(self._run.model, self._run.loss).values())
 
     def _note_shapes(self, step: MicroBatches) -> None:
         """Warn once where batches come in so many shapes that compiling each does not pay."""
@@ -192,12 +206,14 @@ class Loop:
         if norm is not None:
             row["grad_norm"] = norm
         self._display.step(position.step, position.epoch, loss, lambda: self._estimate(samples))
-        position.losses.append(loss)
+        if step.bad is None:
+            position.losses.append(loss)
         self._interval_samples += samples
         if self._log is not None and position.step % self._log_interval == 0:
             elapsed = time.perf_counter() - self._interval_started
+            losses = position.losses or [loss]  # of steps that were made, if any was
             means = {
-                "loss": math.fsum(position.losses) / len(position.losses),
+                "loss": math.fsum(losses) / len(losses),
                 "samples_per_second": self._interval_samples / elapsed,
             }
             self._log.add("train", position.step, position.epoch, row | means)
@@ -276,7 +292,7 @@ class Loop:
         self._display.phase("validation")
         started = time.perf_counter()
         self._runner.meet()
-        run.world.share_from_first(run.model.buffers())
+        run.world.share_from_first(buffers_of(run.model, run.loss).values())
         results = validate(
             run.model,
             self._validation(),
@@ -309,6 +325,9 @@ class Loop:
         options, position = self._options.checkpoints, self._run.position
         if options is None or options.best is None:
             return
+        watched = f"{options.mode} {options.best}"
+        if position.best_of != watched:
+            position.best, position.best_of = None, watched
         if is_better(results[options.best], position.best, options.mode):
             position.best = results[options.best]
             self._found_better = True
@@ -352,7 +371,8 @@ class Loop:
                 position.regular_save = position.step
             state = run.state_dict(alone=alone)
             if run.world.first:
-                path = self._folder.save(state, position.step, best=self._found_better)
+                keep = position.regular_save if self._options.on_nan == "rollback" else None
+                path = self._folder.save(state, position.step, self._found_better, keep)
                 logger.debug("checkpoint (%s): %s", why, path)
                 for callback in run.callbacks:
                     callback.on_checkpoint(self._trainer, path)

@@ -112,8 +112,8 @@ def _append(path: Path, text: str) -> None:
             file.write(text)
     except OSError as error:
         raise OptcpuError(
-            f"cannot write metrics to {path}: {error.strerror}; make it writable, or choose another folder "
-            "for the log"
+            f"cannot write metrics to {path}: {error.strerror}; make room there and see that it may be "
+            "written to, or choose another folder for the log"
         ) from error
 
 

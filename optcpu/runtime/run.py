@@ -7,7 +7,7 @@ from dataclasses import asdict, dataclass, field
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
 
@@ -24,6 +24,7 @@ from optcpu.runtime.plan import Plan
 from optcpu.runtime.schedule import Schedule
 from optcpu.runtime.step import (
     MicroBatches,
+    buffers_of,
     gradients_by_name,
     restore_gradients,
     trained_parameters,
@@ -53,6 +54,7 @@ class Position:
         validated: the step after which the last validation was; -1 before the first.
         metrics: what that validation gave.
         best: the best value of the metric that decides which checkpoint is kept.
+        best_of: that metric, and whether less or more of it is better.
         bad_steps: how many steps in a row were bad.
         regular_save: the step of the last checkpoint that a run without interruption has, too.
         stop_reason: why the run has ended before its time.
@@ -66,6 +68,7 @@ class Position:
     validated: int = -1
     metrics: dict[str, float] = field(default_factory=dict)
     best: float | None = None
+    best_of: str | None = None
     bad_steps: int = 0
     regular_save: int = -1
     stop_reason: str | None = None
@@ -89,6 +92,7 @@ class Run:
         clock: where the time went.
         position: how far the run is.
         plan: how long it is to be.
+        own_optimizer_states: whether each process has an optimizer state of its own.
         pending: a step whose micro-batches are used in part.
         buffers: what running statistics were before the step in progress.
     """
@@ -103,6 +107,7 @@ class Run:
     stopper: Stopper | None
     callbacks: Sequence[Callback]
     plan: Plan
+    own_optimizer_states: bool = False
     clock: Clock = field(default_factory=Clock)
     position: Position = field(default_factory=Position)
     pending: MicroBatches | None = None
@@ -149,9 +154,18 @@ class Run:
             "position": asdict(self.position),
             "plan": self.plan.state_dict(),
             "kernels": gemm.choices(),
-            "processes": [mine] if alone else self.world.gather(mine),
+            "processes": [mine] if alone else self.world.gather_at_first(mine | self._own_state()),
             "pending": None if pending is None else self._pending_state(pending),
         }
+
+    def _own_state(self) -> dict[str, Any]:
+        """What this process has, and the first one has otherwise."""
+        if self.world.first:
+            return {}
+        state: dict[str, Any] = {"buffers": buffers_of(self.model, self.loss)}
+        if self.own_optimizer_states:
+            state["optimizer"] = self.optimizer.state_dict()
+        return state
 
     def _pending_state(self, pending: MicroBatches) -> dict[str, Any]:
         return {
@@ -200,8 +214,18 @@ class Run:
                 f"({_told(state['optimizer_groups'])}; now {_told(groups)}): give the trainer an optimizer "
                 "like that one, or another folder for checkpoints"
             )
-        self.optimizer.load_state_dict(state["optimizer"])
+        processes = state["processes"]
+        own = processes[self.world.rank] if len(processes) == self.world.size else {}
+        self._set_buffers(own.get("buffers", {}))
+        self.optimizer.load_state_dict(own.get("optimizer", state["optimizer"]))
         self.optimizer.zero_grad(set_to_none=True)
+
+    @torch.no_grad()
+    def _set_buffers(self, saved: dict[str, Tensor]) -> None:
+        buffers = buffers_of(self.model, self.loss)
+        for name in saved.keys() & buffers.keys():
+            if saved[name].shape == buffers[name].shape:
+                buffers[name].copy_(saved[name])
 
     def _optimizer_groups(self) -> list[list[str]]:
         """The names of the parameters in each group, by whose places their state is saved."""

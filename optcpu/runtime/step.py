@@ -169,15 +169,15 @@ class StepRunner:
         if step.bad is not None:
             return None
         if self._local_steps is None:
-            self._world.sum_gradients(self._trained.values())
+            self._world.sum_gradients(self._parameters)
         if self._max_grad_norm is None and not self._check_gradients:
             return None
         if self._updates_in_backward:  # the gradients are gone, and show in what they have done
             name = not_finite(self._trained)
             step.bad = None if name is None else f"the weights of {name!r} are not finite"
             return None
-        gradients = gradients_by_name(self._trained).values()
-        norm = torch.nn.utils.get_total_norm([_numbers(g.detach()) for g in gradients]).item()
+        numbers = [_numbers(gradient.detach()) for gradient in self._gradients()]
+        norm = torch.nn.utils.get_total_norm(numbers).item()
         if not math.isfinite(norm):
             step.bad = f"the norm of the gradient is {norm}"
         return norm
@@ -187,22 +187,25 @@ class StepRunner:
         limit = self._max_grad_norm
         if limit is not None and norm is not None and norm > limit:
             # One pass over the gradients, and only where they are too large.
-            gradients = gradients_by_name(self._trained).values()
-            torch._foreach_mul_([_numbers(g) for g in gradients], limit / (norm + 1e-6))
+            torch._foreach_mul_([_numbers(g) for g in self._gradients()], limit / (norm + 1e-6))
         self._optimizer.step()
         self.forget_gradients()
         self._steps_alone += 1
-        if self._steps_alone == self._local_steps:
+        if isinstance(self._optimizer, Lookahead):
+            if self._optimizer.steps % self._optimizer.k == 0:  # it has averaged the weights
+                self._steps_alone = 0
+        elif self._steps_alone == self._local_steps:
             self.meet()
 
     def meet(self) -> None:
         """Average the weights of all processes, if each has made steps by itself since the last time."""
         if self._local_steps is None or self._steps_alone == 0:
             return
-        in_step = self._steps_alone == self._local_steps and isinstance(self._optimizer, Lookahead)
-        if not in_step:  # else the optimizer has done so
-            self._world.average(self._trained.values())
+        self._world.average(self._parameters)
         self._steps_alone = 0
+
+    def _gradients(self) -> list[Tensor]:
+        return [p.grad for p in self._parameters if p.grad is not None]
 
     def forget_gradients(self) -> None:
         """Free all gradients."""
@@ -221,6 +224,14 @@ def trained_parameters(model: nn.Module, loss: Loss) -> dict[str, nn.Parameter]:
     if isinstance(loss, nn.Module):
         parameters |= {f"loss.{name}": p for name, p in loss.named_parameters()}
     return parameters
+
+
+def buffers_of(model: nn.Module, loss: Loss) -> dict[str, Tensor]:
+    """The buffers of the model by name, and those of a loss that is a module, as ``loss.weight``."""
+    buffers = dict(model.named_buffers())
+    if isinstance(loss, nn.Module):
+        buffers |= {f"loss.{name}": buffer for name, buffer in loss.named_buffers()}
+    return buffers
 
 
 def not_finite(parameters: Mapping[str, nn.Parameter]) -> str | None:

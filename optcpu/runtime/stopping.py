@@ -55,5 +55,7 @@ class Stopper:
         return {"best": self.best, "waited": self.waited, "options": self.options.model_dump()}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Go on from what :meth:`state_dict` gave."""
-        self.best, self.waited = state["best"], state["waited"]
+        """Go on from what :meth:`state_dict` gave; anew if another metric was watched, or another way."""
+        before, now = state["options"], self.options.model_dump()
+        if all(before[name] == now[name] for name in ("monitor", "mode")):
+            self.best, self.waited = state["best"], state["waited"]

@@ -43,7 +43,7 @@ from optcpu.runtime.placement import settle
 from optcpu.runtime.plan import Plan
 from optcpu.runtime.run import Position, Run
 from optcpu.runtime.signals import StopRequest
-from optcpu.runtime.step import StepRunner, samples_in, trained_parameters
+from optcpu.runtime.step import StepRunner, buffers_of, samples_in, trained_parameters
 from optcpu.runtime.stopping import Stopper
 from optcpu.runtime.validation import Metric, check_metrics, names_of, validate
 from optcpu.runtime.world import World
@@ -336,6 +336,7 @@ class Trainer:
             None if stopping is None else Stopper(stopping),
             self._callbacks,
             self._plan,
+            own_optimizer_states=self.options.local_steps is not None,
         )
 
     def _checkpoint(self, folder: CheckpointFolder | None) -> Checkpoint | None:
@@ -369,9 +370,16 @@ class Trainer:
             np.random.seed((seed + self._world.rank) % 2**32)
 
     def _share_weights(self) -> None:
-        """Begin with the same weights in all processes."""
-        trained = trained_parameters(self.model, self._loss).values()
-        self._world.share_from_first([*trained, *self.model.buffers()])
+        """Begin with the same weights, buffers and optimizer in all processes."""
+        if self._world.size == 1:
+            return
+        updated = (p for group in self.optimizer.param_groups for p in group["params"])
+        parameters = dict.fromkeys([*trained_parameters(self.model, self._loss).values(), *updated])
+        self._world.share_from_first([*parameters, *buffers_of(self.model, self._loss).values()])
+        # Lookahead's slow weights are what the weights were when it was made.
+        state = self._world.from_first(self.optimizer.state_dict() if self._world.first else None)
+        if not self._world.first:
+            self.optimizer.load_state_dict(state)
 
 
 class _Log:

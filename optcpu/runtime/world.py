@@ -139,6 +139,21 @@ class World:
         self._guarded(lambda: dist.all_gather_object(everyone, mine))
         return everyone
 
+    def gather_at_first(self, mine: Any) -> list[Any]:
+        """In the first process what each gives, by rank; elsewhere an empty list."""
+        if self.size == 1:
+            return [mine]
+        everyone: list[Any] = [None] * self.size if self.first else []
+        self._guarded(lambda: dist.gather_object(mine, everyone or None, dst=0))
+        return everyone
+
+    def from_first(self, mine: Any) -> Any:
+        """What the first process gives."""
+        shared = [mine]
+        if self.size > 1:
+            self._guarded(lambda: dist.broadcast_object_list(shared, src=0))
+        return shared[0]
+
     @torch.no_grad()
     def share_from_first(self, tensors: Iterable[Tensor]) -> None:
         """Make each tensor that of the first process."""

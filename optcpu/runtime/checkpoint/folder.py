@@ -73,7 +73,9 @@ class CheckpointFolder:
         self.path = Path(path)
         self.keep_last = keep_last
 
-    def save(self, state: dict[str, Any], step: int, best: bool = False) -> Path:
+    def save(
+        self, state: dict[str, Any], step: int, best: bool = False, keep: int | None = None
+    ) -> Path:
         """Save a checkpoint; when this returns, it is on the disk.
 
         One of the same step is replaced. Afterwards those beyond ``keep_last`` are removed. If another
@@ -85,6 +87,7 @@ class CheckpointFolder:
                 their own names. No second copy of contiguous tensors is made.
             step: of the training run.
             best: whether this is the best so far, to be kept until another is.
+            keep: the step of one that is not removed this time, however many are newer.
 
         Returns:
             The checkpoint's folder.
@@ -107,7 +110,7 @@ class CheckpointFolder:
                 target = self._publish(contents, step)
                 if best:
                     self._mark_best(step)
-                self._remove_old(but=target)
+                self._remove_old(target, *([] if keep is None else [self.path_of(keep)]))
         except OSError as error:
             raise OptcpuError(
                 f"cannot save step {step} in {self.path}: {error.strerror}; the checkpoints that were "
@@ -258,12 +261,12 @@ class CheckpointFolder:
         draft.replace(self.path / _BEST)
         sync_folder(self.path)
 
-    def _remove_old(self, but: Path) -> None:
+    def _remove_old(self, *but: Path) -> None:
         """Remove what is not to be kept. If this fails, the checkpoint is saved all the same."""
         try:
             best = self.best()
             for path in self.list()[: -self.keep_last] if self.keep_last else ():
-                if path not in (best, but):
+                if path not in (best, *but):
                     path.rename(_hidden(path, "removed"))
             self._tidy()
         except (OSError, OptcpuError) as error:

@@ -74,6 +74,15 @@ def test_skip_leaves_the_step_out() -> None:
     assert trainer.optimizer.state_dict()["state"][0]["step"] == 3
 
 
+def test_the_logged_loss_is_that_of_the_steps_that_were_made(tmp_path: Path) -> None:
+    losses = Losses()
+    log = {"folder": tmp_path, "every_steps": 2}
+    small_trainer(loss=_BadIn(4), on_nan="skip", callbacks=[losses], log=log).train()
+    rows = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
+    made = [losses.losses[0], (losses.losses[2] + losses.losses[3]) / 2]
+    assert [row["loss"] for row in rows] == pytest.approx(made)
+
+
 def test_skip_ends_when_nothing_else_happens() -> None:
     trainer = small_trainer(loss=_BadIn(*range(100)), on_nan="skip", max_bad_steps=3)
     with pytest.raises(TrainingDiverged, match=r"in step 4, .*, the last of 4 bad steps in a row"):
@@ -169,6 +178,23 @@ def test_checkpoints_come_when_they_are_due(tmp_path: Path) -> None:
     assert steps(checkpoints=best, **given)[-1] == 4
     folder = CheckpointFolder(tmp_path / "best")
     assert folder.best() is not None
+
+
+def test_another_metric_has_another_best(tmp_path: Path) -> None:
+    given: dict[str, Any] = {"validation_data": small_data(), "metrics": ["accuracy"]}
+
+    def best(epochs: int, **checkpoints: Any) -> float:
+        checkpoints["folder"] = tmp_path
+        result = small_trainer(epochs=epochs, checkpoints=checkpoints, **given).train()
+        assert result.best is not None
+        return result.best
+
+    assert best(1, best="accuracy", mode="max") <= 1.0
+    lowest = best(3, best="loss")
+    folder = CheckpointFolder(tmp_path)
+    marked = folder.load(folder.best())
+    assert marked is not None
+    assert marked.state["position"]["metrics"]["loss"] == lowest
 
 
 def test_early_stopping_keeps_the_best(tmp_path: Path) -> None:

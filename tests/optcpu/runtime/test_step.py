@@ -8,6 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
 
+import optcpu
 from optcpu.measure.batches import default_loss, units_in
 from optcpu.runtime.step import (
     MicroBatches,
@@ -52,6 +53,76 @@ def test_the_gradient_is_that_of_the_mean_over_all_samples(sizes: list[int]) -> 
     assert step.loss == pytest.approx(loss.item(), rel=1e-5)
     for name, parameter in model.named_parameters():
         torch.testing.assert_close(gradients[name], parameter.grad, rtol=1e-4, atol=1e-6)
+
+
+class _Two(World):
+    """Two processes, of which the other has the same numbers."""
+
+    def __init__(self) -> None:
+        super().__init__(0, 2)
+        self.averaged = 0
+
+    def average(self, tensors: Any) -> None:
+        self.averaged += 1
+
+    def sum_numbers(self, *numbers: float) -> tuple[float, ...]:
+        return numbers
+
+
+@pytest.mark.parametrize("lookahead", [False, True])
+def test_weights_are_averaged_when_each_has_changed_its_own(lookahead: bool) -> None:
+    """Whoever does it, and whenever the processes have met in between."""
+    model, batches = _parts([4])
+    world, optimizer = _Two(), torch.optim.SGD(model.parameters(), lr=0.5)
+    runner = StepRunner(
+        model,
+        optcpu.Lookahead(optimizer, k=3) if lookahead else optimizer,
+        default_loss,
+        world,
+        max_grad_norm=None,
+        check_gradients=False,
+        local_steps=3,
+    )
+
+    def steps(count: int) -> int:
+        for _ in range(count):
+            step = _collect(list(batches))
+            runner.run_micro_batch(step)
+            runner.update(runner.gradient_norm(step))
+        return world.averaged
+
+    assert steps(2) == 0
+    runner.meet()
+    assert world.averaged == 1
+    runner.meet()
+    assert world.averaged == 1, "nobody has changed anything"
+    # Lookahead's next turn is the third step; without it three more are made alone.
+    assert steps(1) == (2 if lookahead else 1)
+    runner.meet()
+    assert world.averaged == 2
+    assert steps(2) == 2
+    assert steps(1) == 3
+
+
+def test_parameters_of_the_optimizer_alone_are_clipped_and_looked_at_as_well() -> None:
+    model, (batch,) = _parts([4])
+    scale = nn.Parameter(torch.ones(()))
+    optimizer = torch.optim.SGD([*model.parameters(), scale], lr=0.5)
+
+    def loss(output: Tensor, batch: Any) -> Tensor:
+        return default_loss(output, batch) * scale
+
+    runner = StepRunner(model, optimizer, loss, World(), max_grad_norm=1e-3, check_gradients=True)
+    step = _collect([batch])
+    runner.run_micro_batch(step)
+    norm = runner.gradient_norm(step)
+    gradients = [p.grad for p in (*model.parameters(), scale)]
+    assert norm == pytest.approx(
+        sum(float(g.square().sum()) for g in gradients if g is not None) ** 0.5
+    )
+    before = scale.item()
+    runner.update(norm)
+    assert 0 < abs(scale.item() - before) <= 0.5 * 1e-3
 
 
 def test_clipping_by_hand() -> None:

@@ -54,3 +54,16 @@ def test_is_better() -> None:
     assert not is_better(math.inf, 1.0, "max")
     assert not is_better(-math.inf, None, "min")
     assert not is_better(1.0, 1.0, "max")
+
+
+def test_what_another_metric_was_is_forgotten() -> None:
+    stopper = Stopper(EarlyStopping(monitor="accuracy", mode="max", patience=2))
+    _validations(stopper, 0.5, 0.4)
+    other, stricter = (
+        Stopper(EarlyStopping(patience=2)),
+        Stopper(EarlyStopping(monitor="accuracy", mode="max", patience=1)),
+    )
+    other.load_state_dict(stopper.state_dict())
+    assert (other.best, other.waited) == (None, 0)
+    stricter.load_state_dict(stopper.state_dict())
+    assert (stricter.best, stricter.waited) == (0.5, 1)

@@ -27,11 +27,12 @@ from training import Losses, small_data, small_model, small_trainer
 class Dying(Losses):
     def on_step_end(self, trainer, metrics):
         super().on_step_end(trainer, metrics)
-        if os.environ.get("RANK") == os.environ.get("DIES") and len(self.losses) == 3:
+        dies = os.environ["DIES"] in ("all", os.environ.get("RANK"))
+        if dies and len(self.losses) == 3:
             os.kill(os.getpid(), 9)
 
 torch.set_num_threads(1)
-torch.manual_seed(0)
+torch.manual_seed(int(os.environ.get("RANK", 0)) if "APART" in os.environ else 0)
 given = json.loads(sys.argv[1])
 losses = Dying()
 data = small_data(64)
@@ -45,6 +46,19 @@ if "UNEVEN" in os.environ:
 
     data = Uneven()
 model = torch.nn.Sequential(torch.nn.Linear(6, 8), torch.nn.Tanh(), torch.nn.Linear(8, 3))
+
+class Centred(torch.nn.Module):  # with running statistics, of the samples of one process
+    def __init__(self):
+        super().__init__()
+        self.register_buffer("mean", torch.zeros(3))
+
+    def forward(self, x):
+        with torch.no_grad():
+            self.mean.lerp_(x.mean(0), 0.3)
+        return x - self.mean
+
+if "CENTRED" in os.environ:
+    model.append(Centred())
 trainer = small_trainer(model, data, callbacks=[losses], threads=1, **given)
 result = trainer.train()
 weights = torch.cat([p.detach().flatten() for p in model.parameters()]).tolist()
@@ -57,7 +71,7 @@ with open(f"{sys.argv[2]}-{os.environ.get('RANK', 0)}.json", "w") as file:
 
 
 def _run(
-    tmp_path: Path, processes: int, name: str = "out", dies: int | None = None, **given: Any
+    tmp_path: Path, processes: int, name: str = "out", dies: int | str | None = None, **given: Any
 ) -> tuple[list[dict[str, Any]], str]:
     """What each process gives, and what they printed."""
     script = tmp_path / "script.py"
@@ -151,6 +165,37 @@ def test_all_processes_freeze_the_same_at_the_same_step(tmp_path: Path) -> None:
     assert both[0]["losses"] == pytest.approx(alone["losses"], rel=1e-5)
     assert both[0]["weights"] == pytest.approx(alone["weights"], rel=1e-4, abs=1e-6)
     assert both[0]["bytes"] < usual[0]["bytes"]
+
+
+@pytest.mark.slow
+def test_processes_that_were_made_apart_begin_together(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Lookahead's slow weights are what the weights were when it was made."""
+    monkeypatch.setenv("APART", "1")
+    lookahead = {"name": "adamw", "lr": 0.05, "lookahead": {"k": 2}}
+    both, _ = _run(tmp_path, 2, lr=None, optimizer=lookahead, epochs=2, batch_size=4)
+    assert both[0]["weights"] == both[1]["weights"]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("local", [False, True])
+def test_each_process_goes_on_with_what_is_its_own(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, local: bool
+) -> None:
+    """Running statistics and, where each makes steps by itself, the moments of its gradients."""
+    given: dict[str, Any] = {"epochs": 3, "batch_size": 4, "accumulation_steps": 1}
+    if local:
+        given["local_steps"] = 2
+    else:
+        monkeypatch.setenv("CENTRED", "1")
+    runs = {}
+    for name, dies in (("whole", None), ("on", "all"), ("on", None)):
+        checkpoints = {"folder": str(tmp_path / name), "every_steps": 2}
+        results, _ = _run(tmp_path, 2, name, dies=dies, checkpoints=checkpoints, **given)
+        runs[name] = results
+    assert runs["on"][0]["weights"] == runs["whole"][0]["weights"]
+    assert len(runs["on"][0]["losses"]) < len(runs["whole"][0]["losses"])
 
 
 @pytest.mark.slow

@@ -106,6 +106,16 @@ def test_the_best_is_kept_besides_the_last(folder: CheckpointFolder) -> None:
     assert folder.best() == folder.path / "step-00000003"
 
 
+def test_one_that_is_to_be_kept_counts_for_nothing(folder: CheckpointFolder) -> None:
+    folder.keep_last = 1
+    folder.save(state(1), 1)
+    for step in (2, 3):
+        folder.save(state(step), step, keep=1)
+        assert steps(folder) == [1, step]
+    folder.save(state(4), 4, keep=4)
+    assert steps(folder) == [4]
+
+
 def test_the_newest_is_the_one_saved_last(folder: CheckpointFolder) -> None:
     """A run that was taken back to an earlier step goes on from there, not from where it had failed."""
     folder.keep_last = 2
