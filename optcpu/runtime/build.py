@@ -86,18 +86,29 @@ def optimizer_settings(given: Any, lr: float | None) -> dict[str, Any]:
     return {**settings, "lr": lr}
 
 
-def check_optimizer(optimizer: Optimizer, trained: Iterable[nn.Parameter], saved: bool) -> None:
+def check_optimizer(
+    optimizer: Optimizer,
+    trained: Iterable[nn.Parameter],
+    saved: bool,
+    local_steps: int | None = None,
+) -> None:
     """Refuse an optimizer of other parameters than those trained.
 
     Args:
         optimizer: the user's.
         trained: parameters of model and loss.
         saved: whether checkpoints are written.
+        local_steps: that each process makes by itself; None if there are none.
 
     Raises:
-        ValueError: it has none of them, others that checkpoints would not have, or a step that wants to
-            compute the loss again.
+        ValueError: it has none of them, others that checkpoints would not have, a step that wants to
+            compute the loss again, or is a :class:`optcpu.Lookahead` of another number of steps.
     """
+    if local_steps is not None and isinstance(optimizer, Lookahead) and optimizer.k != local_steps:
+        raise ValueError(
+            f"local_steps is {local_steps}, and k of the Lookahead is {optimizer.k}: processes average "
+            "their weights when the slow ones move; give both the same number"
+        )
     closure = inspect.signature(optimizer.step).parameters.get("closure")
     if closure is not None and closure.default is inspect.Parameter.empty:
         raise ValueError(

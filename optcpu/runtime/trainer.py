@@ -202,7 +202,8 @@ class Trainer:
         trained = trained_parameters(self.model, self._loss)
         if not isinstance(given, Optimizer):
             return make_optimizer(trained.values(), self.options.optimizer)
-        check_optimizer(given, trained.values(), self.options.checkpoints is not None)
+        saved = self.options.checkpoints is not None
+        check_optimizer(given, trained.values(), saved, self.options.local_steps)
         return given
 
     def train(self) -> TrainingResult:

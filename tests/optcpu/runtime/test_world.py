@@ -13,6 +13,7 @@ import pytest
 import torch
 from training import small_trainer
 
+import optcpu
 from optcpu.errors import OptcpuError
 from optcpu.runtime.world import World
 
@@ -218,3 +219,10 @@ def test_local_steps_alone_in_the_world_change_nothing() -> None:
     without.train()
     for one, other in zip(with_.model.parameters(), without.model.parameters(), strict=True):
         assert torch.equal(one, other)
+
+
+def test_a_lookahead_of_another_number_of_steps_is_refused() -> None:
+    model = torch.nn.Linear(6, 3)
+    optimizer = optcpu.Lookahead(torch.optim.SGD(model.parameters(), lr=0.1), k=5)
+    with pytest.raises(ValueError, match=r"local_steps is 4, and k of the Lookahead is 5"):
+        small_trainer(model, optimizer=optimizer, lr=None, local_steps=4)
