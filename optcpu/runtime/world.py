@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import atexit
 import os
 from collections.abc import Iterable
 from datetime import timedelta
@@ -67,6 +68,7 @@ class World:
                     f"cannot join the other processes ({error}); start all of them with torchrun, and "
                     "see that MASTER_ADDR and MASTER_PORT can be reached"
                 ) from error
+            atexit.register(_leave)
         local_rank, local_size = (
             int(os.environ.get(name, default))
             for name, default in (("LOCAL_RANK", "0"), ("LOCAL_WORLD_SIZE", "1"))
@@ -178,6 +180,15 @@ class World:
                 f"({str(error).splitlines()[0]}): one of them has ended. Start the job again: it goes on "
                 "from the newest checkpoint"
             ) from error
+
+
+def _leave() -> None:
+    """End the threads that send and receive while Python still runs.
+
+    One that lets a tensor go after that needs Python, and ends the process with SIGABRT.
+    """
+    if dist.is_initialized():
+        dist.destroy_process_group()
 
 
 class LostProcess(OptcpuError):

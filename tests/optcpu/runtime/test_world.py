@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import socket
 import subprocess
 import sys
 from pathlib import Path
@@ -166,6 +167,35 @@ def test_all_processes_freeze_the_same_at_the_same_step(tmp_path: Path) -> None:
     assert both[0]["losses"] == pytest.approx(alone["losses"], rel=1e-5)
     assert both[0]["weights"] == pytest.approx(alone["weights"], rel=1e-4, abs=1e-6)
     assert both[0]["bytes"] < usual[0]["bytes"]
+
+
+LEAVES = """
+import atexit
+import torch.distributed as dist
+
+atexit.register(lambda: print("joined" if dist.is_initialized() else "left"))
+from optcpu.runtime.world import World
+
+World.join().sum_numbers(1.0)
+if {leaves_itself}:
+    dist.destroy_process_group()
+"""
+
+
+@pytest.mark.parametrize("leaves_itself", [False, True])
+def test_a_process_leaves_the_others_before_python_ends(leaves_itself: bool) -> None:
+    with socket.socket() as free:
+        free.bind(("localhost", 0))
+        port = str(free.getsockname()[1])
+    ranks = {"RANK": "0", "WORLD_SIZE": "1", "MASTER_ADDR": "localhost", "MASTER_PORT": port}
+    done = subprocess.run(
+        [sys.executable, "-c", LEAVES.format(leaves_itself=leaves_itself)],
+        env={**os.environ, **ranks},
+        capture_output=True,
+        text=True,
+        timeout=120,
+    )
+    assert (done.returncode, done.stdout) == (0, "left\n"), done.stderr
 
 
 @pytest.mark.slow
