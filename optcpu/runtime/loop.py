@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import logging
-import math
 import time
 import warnings
 from collections.abc import Callable, Iterable, Mapping
@@ -21,6 +20,7 @@ from optcpu.runtime.display import Display
 from optcpu.runtime.freezing.freezer import DynamicFreezer
 from optcpu.runtime.metrics_log import MetricsLog
 from optcpu.runtime.options import TrainerOptions
+from optcpu.runtime.report import Reporter
 from optcpu.runtime.run import Run
 from optcpu.runtime.signals import StopRequest
 from optcpu.runtime.step import (
@@ -92,8 +92,9 @@ class Loop:
         self._shapes: set[tuple[tuple[int, ...], ...]] = set()  # of what was compiled
         self._regions = 0  # of the model's code that were compiled, as far as is known
         self._has_compiled()
-        self._interval_started = time.perf_counter()
-        self._interval_samples = 0
+        self._reporter = Reporter(
+            run, options, display, log, validates=validation is not None, trainer=trainer
+        )
 
     def go(self) -> str | None:
         """Run to the end.
@@ -198,34 +199,11 @@ class Loop:
             )
 
     def _report(self, step: MicroBatches, norm: float | None, samples: int) -> None:
-        run, position = self._run, self._run.position
-        (loss,) = run.world.sum_numbers(step.loss)
+        world = self._run.world
+        (loss,) = world.sum_numbers(step.loss)
         if self._options.local_steps is not None:
-            loss /= run.world.size
-        row = {"loss": loss, "lr": float(run.optimizer.param_groups[0]["lr"])}
-        if norm is not None:
-            row["grad_norm"] = norm
-        self._display.step(position.step, position.epoch, loss, lambda: self._estimate(samples))
-        if step.bad is None:
-            position.losses.append(loss)
-        self._interval_samples += samples
-        if self._log is not None and position.step % self._log_interval == 0:
-            elapsed = time.perf_counter() - self._interval_started
-            losses = position.losses or [loss]  # of steps that were made, if any was
-            means = {
-                "loss": math.fsum(losses) / len(losses),
-                "samples_per_second": self._interval_samples / elapsed,
-            }
-            self._log.add("train", position.step, position.epoch, row | means)
-        if position.step % self._log_interval == 0:
-            position.losses = []
-            self._interval_started, self._interval_samples = time.perf_counter(), 0
-        for callback in run.callbacks:
-            callback.on_step_end(self._trainer, row)
-
-    @property
-    def _log_interval(self) -> int:
-        return 10 if self._options.log is None else self._options.log.every_steps
+            loss /= world.size
+        self._reporter.step(loss, norm, samples, made=step.bad is None)
 
     def _leave_out(self, step: MicroBatches) -> None:
         """Do what ``on_nan`` says about a step whose loss or gradient is not finite."""
@@ -340,18 +318,8 @@ class Loop:
             self._save("on time")
 
     def _is_time_to_save(self) -> bool:
-        every, position = self._checkpoint_interval, self._run.position
+        every, position = self._options.checkpoint_interval, self._run.position
         return position.epoch_ended if every is None else position.step % every == 0
-
-    @property
-    def _checkpoint_interval(self) -> int | None:
-        """Steps between checkpoints; None for the ends of epochs."""
-        assert self._options.checkpoints is not None
-        if self._options.checkpoints.every_steps is not None:
-            return self._options.checkpoints.every_steps
-        if self._options.steps is not None:
-            return max(1, self._options.steps // 10)
-        return None
 
     def save_first(self) -> None:
         """Write a checkpoint to roll back to, where there is none yet."""
@@ -414,33 +382,6 @@ class Loop:
         regions = 0 if call is None else call.record.regions
         before, self._regions = self._regions, regions
         return regions != before
-
-    def _estimate(self, samples: int) -> tuple[float | None, float | None]:
-        """Samples a second in steps of ``samples``, and the seconds until the end of the run."""
-        seconds = self._run.clock.typical("step")
-        return None if seconds is None else samples / seconds, self._seconds_left()
-
-    def _seconds_left(self) -> float | None:
-        total = self._run.plan.total
-        if total is None:
-            return None
-        position, options = self._run.position, self._options
-        left = max(0, total - position.step)
-        epochs_left = self._epochs_left(left)
-
-        def times(every: int | None) -> int:
-            return epochs_left if every is None else math.ceil(left / every)
-
-        validations = 0 if self._validation is None else times(options.validate_every)
-        saves = 0 if self._folder is None else times(self._checkpoint_interval)
-        return self._run.clock.remaining(left, validations, saves)
-
-    def _epochs_left(self, steps: int) -> int:
-        """How often an epoch, or the run, will end in the next ``steps`` steps."""
-        if self._options.epochs is not None:
-            return self._options.epochs - self._run.position.epoch
-        per_epoch = self._run.plan.per_epoch
-        return 1 if not per_epoch else math.ceil(steps / per_epoch)
 
 
 def _itself(number: float) -> tuple[float, ...]:

@@ -259,6 +259,13 @@ class TrainerOptions(Options):
     local_steps: int | None = Field(None, ge=1)
     progress: bool | None = None
 
+    @property
+    def checkpoint_interval(self) -> int | None:
+        """Optimizer steps between checkpoints; None for the ends of epochs."""
+        if self.checkpoints is not None and self.checkpoints.every_steps is not None:
+            return self.checkpoints.every_steps
+        return None if self.steps is None else max(1, self.steps // 10)
+
     @model_validator(mode="after")
     def _settings_agree(self) -> TrainerOptions:
         if (self.epochs is None) == (self.steps is None):

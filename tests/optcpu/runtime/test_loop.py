@@ -5,7 +5,6 @@ import math
 import warnings
 from collections.abc import Iterator
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import psutil
@@ -21,8 +20,6 @@ from optcpu.errors import OptcpuError
 from optcpu.measure.batches import default_loss
 from optcpu.optim import AdamW
 from optcpu.runtime import Callback, CheckpointFolder, TrainingDiverged
-from optcpu.runtime.loop import Loop
-from optcpu.runtime.plan import Plan
 from optcpu.runtime.world import World
 
 
@@ -646,12 +643,3 @@ def test_after_an_error_nothing_is_left_to_go_on_from() -> None:
         trainer.train()
     with pytest.raises(OptcpuError, match="ended in an error, and there is no checkpoint"):
         trainer.train()
-
-
-def test_time_left_counts_the_validations_of_all_epochs() -> None:
-    """Of a run that is counted in steps, four to an epoch."""
-    loop = Loop.__new__(Loop)
-    loop._options = small_trainer(steps=40).options
-    plan = Plan.of(16, loop._options.accumulation_steps, None, 40)
-    loop._run = SimpleNamespace(plan=plan, position=SimpleNamespace(epoch=0))
-    assert [loop._epochs_left(steps) for steps in (40, 8, 1)] == [10, 2, 1]

@@ -1,0 +1,103 @@
+"""What is told of each step, and how long the run will still take."""
+
+from __future__ import annotations
+
+import math
+import time
+from typing import Any
+
+from optcpu.runtime.display import Display
+from optcpu.runtime.metrics_log import MetricsLog
+from optcpu.runtime.options import TrainerOptions
+from optcpu.runtime.run import Run
+
+
+class Reporter:
+    """Tells the display, the log and the callbacks of each step.
+
+    Args:
+        run: what is trained.
+        options: how.
+        display: what the user sees.
+        log: for metrics; None writes none.
+        validates: whether the run has data for validation.
+        trainer: given to the callbacks.
+    """
+
+    def __init__(
+        self,
+        run: Run,
+        options: TrainerOptions,
+        display: Display,
+        log: MetricsLog | None,
+        *,
+        validates: bool,
+        trainer: Any,
+    ) -> None:
+        self._run, self._options = run, options
+        self._display, self._log = display, log
+        self._validates, self._trainer = validates, trainer
+        self._interval = 10 if options.log is None else options.log.every_steps
+        self._interval_started = time.perf_counter()
+        self._interval_samples = 0
+
+    def step(self, loss: float, norm: float | None, samples: int, *, made: bool) -> None:
+        """Tell of a step.
+
+        Args:
+            loss: its mean.
+            norm: of the gradient; None if that is not known.
+            samples: over all processes.
+            made: whether weights were updated, or the step was left out.
+        """
+        run, position = self._run, self._run.position
+        row = {"loss": loss, "lr": float(run.optimizer.param_groups[0]["lr"])}
+        if norm is not None:
+            row["grad_norm"] = norm
+        self._display.step(position.step, position.epoch, loss, lambda: self._estimate(samples))
+        if made:
+            position.losses.append(loss)
+        self._interval_samples += samples
+        if position.step % self._interval == 0:
+            self._end_interval(row)
+        for callback in run.callbacks:
+            callback.on_step_end(self._trainer, row)
+
+    def _end_interval(self, row: dict[str, float]) -> None:
+        position, now = self._run.position, time.perf_counter()
+        if self._log is not None:
+            losses = position.losses or [row["loss"]]  # of steps that were made, if any was
+            means = {
+                "loss": math.fsum(losses) / len(losses),
+                "samples_per_second": self._interval_samples / (now - self._interval_started),
+            }
+            self._log.add("train", position.step, position.epoch, row | means)
+        position.losses = []
+        self._interval_started, self._interval_samples = now, 0
+
+    def _estimate(self, samples: int) -> tuple[float | None, float | None]:
+        """Samples a second in steps of ``samples``, and the seconds until the end of the run."""
+        seconds = self._run.clock.typical("step")
+        return None if seconds is None else samples / seconds, self._seconds_left()
+
+    def _seconds_left(self) -> float | None:
+        total = self._run.plan.total
+        if total is None:
+            return None
+        options = self._options
+        left = max(0, total - self._run.position.step)
+        epochs_left = self._epochs_left(left)
+
+        def times(every: int | None) -> int:
+            return epochs_left if every is None else math.ceil(left / every)
+
+        validations = times(options.validate_every) if self._validates else 0
+        saves = 0 if options.checkpoints is None else times(options.checkpoint_interval)
+        return self._run.clock.remaining(left, validations, saves)
+
+    def _epochs_left(self, steps: int) -> int:
+        """How often an epoch, or the run, will end in the next ``steps`` steps."""
+        if self._options.epochs is not None:
+            return self._options.epochs - self._run.position.epoch
+        per_epoch = self._run.plan.per_epoch
+        return 1 if not per_epoch else math.ceil(steps / per_epoch)

@@ -1,0 +1,47 @@
+"""What is told of each step, and how long the run will still take."""
+
+from __future__ import annotations
+
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+from training import small_trainer
+
+from optcpu.runtime.clock import Clock
+from optcpu.runtime.plan import Plan
+from optcpu.runtime.report import Reporter
+
+
+def _reporter(steps_made: int, *, validates: bool = False, **given: Any) -> Reporter:
+    """Of a run of 40 steps of 2 s, four to an epoch; a validation takes 3 s, a checkpoint 5."""
+    options = small_trainer(**given).options
+    clock = Clock()
+    for phase, seconds in (("step", 2.0), ("validation", 3.0), ("checkpoint", 5.0)):
+        clock.add(phase, seconds)
+    plan = Plan.of(16, options.accumulation_steps, options.epochs, options.steps)
+    position = SimpleNamespace(step=steps_made, epoch=steps_made // 4)
+    run: Any = SimpleNamespace(plan=plan, position=position, clock=clock)
+    nobody: Any = None
+    return Reporter(run, options, nobody, None, validates=validates, trainer=None)
+
+
+def test_time_left_counts_the_validations_of_all_epochs() -> None:
+    """Of a run that is counted in steps, four to an epoch."""
+    for made, epochs in ((0, 10), (32, 2), (39, 1)):
+        seconds = _reporter(made, steps=40, validates=True)._seconds_left()
+        assert seconds == (40 - made) * 2 + epochs * 3
+
+
+@pytest.mark.parametrize(
+    ("given", "saves"),
+    [
+        ({"steps": 40}, 10),  # a tenth of the run between them
+        ({"steps": 40, "checkpoints": {"every_steps": 3}}, 14),
+        ({"epochs": 10}, 10),
+    ],
+)
+def test_time_left_counts_checkpoints(given: dict[str, Any], saves: int, tmp_path: Any) -> None:
+    checkpoints = {"folder": str(tmp_path), **given.pop("checkpoints", {})}
+    seconds = _reporter(0, checkpoints=checkpoints, **given)._seconds_left()
+    assert seconds == 40 * 2 + saves * 5
