@@ -38,7 +38,7 @@ def read_config(path: Path, overrides: dict[str, Any] | None = None) -> RunConfi
 
     Raises:
         OptcpuError: the file cannot be read or is not TOML.
-        ValueError: a setting is unknown or out of range.
+        ValueError: a setting is unknown, out of range, or not the group that an override takes it for.
     """
     try:
         with path.open("rb") as file:
@@ -75,8 +75,10 @@ def _set(settings: dict[str, Any], path: list[str], value: Any) -> None:
     *groups, name = path
     for group in groups:
         inner = settings.setdefault(group, {})
-        if not isinstance(inner, dict):
+        if isinstance(inner, str):
             inner = settings[group] = {_shorthand_of(group): inner}
+        elif not isinstance(inner, dict):
+            raise ValueError(f"{group} is {inner!r}, not a group of settings with one named {name!r}")
         settings = inner
     present = settings.get(name)
     if isinstance(value, str) and isinstance(present, dict):

@@ -83,6 +83,8 @@ def test_overrides_come_before_the_file(config_file: Path) -> None:
     assert (config.epochs, config.optimizer.name, config.optimizer.lr) == (9, "sgd", 0.5)
     with pytest.raises(ValueError, match=r"expected NAME=VALUE.*got 'epochs'"):
         parse_override("epochs")
+    with pytest.raises(ValueError, match="epochs is 9, not a group of settings with one named 'x'"):
+        read_config(config_file, {"epochs": 9, "epochs.x": 1})
 
 
 def test_a_shorthand_leaves_the_rest_of_its_group(config_file: Path) -> None:
