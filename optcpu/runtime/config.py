@@ -78,7 +78,9 @@ def _set(settings: dict[str, Any], path: list[str], value: Any) -> None:
         if isinstance(inner, str):
             inner = settings[group] = {_shorthand_of(group): inner}
         elif not isinstance(inner, dict):
-            raise ValueError(f"{group} is {inner!r}, not a group of settings with one named {name!r}")
+            raise ValueError(
+                f"{group} is {inner!r}, not a group of settings with one named {name!r}"
+            )
         settings = inner
     present = settings.get(name)
     if isinstance(value, str) and isinstance(present, dict):
