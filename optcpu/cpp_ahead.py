@@ -21,6 +21,7 @@ from torch._inductor.codecache import CppPythonBindingsCodeCache
 from torch._inductor.codegen.wrapper import PythonWrapperCodegen
 
 from optcpu.cpp_batch import BatchCompile
+from optcpu.cpp_signals import shield_compilers
 
 P = ParamSpec("P")
 
@@ -54,6 +55,7 @@ def prepare_compiler() -> None:
     a thread, which compiles by itself. A pool of threads that Inductor has begun to use must not be there
     yet when a process forks.
     """
+    shield_compilers()
     work = threading.Thread(target=_compile_smallest, name="optcpu-prepare-compiler", daemon=True)
     work.start()
 

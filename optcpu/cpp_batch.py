@@ -79,7 +79,13 @@ class _Job:
         """
         words = {self.source: source, self.target: target}
         command = [words.get(word, word) for word in self.command]
-        subprocess.run([*command, *options], check=True, capture_output=True, timeout=_LONGEST)
+        subprocess.run(
+            [*command, *options],
+            check=True,
+            capture_output=True,
+            timeout=_LONGEST,
+            start_new_session=True,  # Ctrl-C is not for it (cpp_signals.py)
+        )
 
     def alike(self) -> tuple[str, ...]:
         """The command without the names of files: what those compiled together have in common."""

@@ -47,7 +47,7 @@ def write(target: Path, content: bytes, writer: str) -> None:
         if target.exists() and not target.is_file():
             target.write_bytes(content)  # a pipe or a device must not be replaced by a file
         else:
-            _replace(Path(os.path.realpath(target)), content)
+            replace(Path(os.path.realpath(target)), content)
     except OSError as error:
         raise OptcpuError(
             f"cannot write {target}: {error.strerror}; nothing is lost: call {writer}() with a path "
@@ -55,8 +55,12 @@ def write(target: Path, content: bytes, writer: str) -> None:
         ) from error
 
 
-def _replace(target: Path, content: bytes) -> None:
-    # Complete in the same folder first, so that nobody ever finds half a file.
+def replace(target: Path, content: bytes) -> None:
+    """Make ``content`` the whole of a file, which is there with all of it or as it was.
+
+    Raises:
+        OSError: it cannot be written.
+    """
     draft = target.with_name(f".{target.name}.{os.getpid()}.tmp")
     try:
         draft.write_bytes(content)

@@ -39,9 +39,7 @@ def load(source: Path) -> ctypes.CDLL | None:
 def _built(source: Path, compiler: str) -> Path:
     """The shared library made from ``source``, from the cache or newly compiled."""
     machine = cache_file().stem
-    version = subprocess.run(
-        [compiler, "--version"], capture_output=True, check=True, timeout=_SECONDS_TO_BUILD
-    ).stdout
+    version = _run(compiler, "--version")
     key = hashlib.sha256(source.read_bytes() + version + machine.encode() + repr(_FLAGS).encode())
     target = cache_file().parent / f"{source.stem}-{key.hexdigest()[:16]}.so"
     if target.exists():
@@ -57,8 +55,15 @@ def _built(source: Path, compiler: str) -> Path:
     command = [compiler, *_FLAGS, str(source), "-o", str(built), "-DAT_PARALLEL_OPENMP=1"]
     command += [f"-I{root / 'include'}", f"-I{root / 'include/torch/csrc/api/include'}"]
     command += [f"-L{root / 'lib'}", "-ltorch_cpu", "-lc10", f"-Wl,-rpath,{root / 'lib'}"]
-    subprocess.run(command, capture_output=True, check=True, timeout=_SECONDS_TO_BUILD)
+    _run(*command)
     os.replace(built, target)
     if folder != target.parent:
         shutil.rmtree(folder, ignore_errors=True)
     return target
+
+
+def _run(*command: str) -> bytes:
+    """What a command prints; Ctrl-C does not reach it, since that would look like a broken compiler."""
+    return subprocess.run(
+        command, capture_output=True, check=True, timeout=_SECONDS_TO_BUILD, start_new_session=True
+    ).stdout

@@ -25,6 +25,7 @@ LAYERS: tuple[tuple[str, ...], ...] = (
         "optcpu.data",
         "optcpu.cpp_ahead",
         "optcpu.cpp_batch",
+        "optcpu.cpp_signals",
         "optcpu.composites",
         "optcpu.random_numbers",
     ),

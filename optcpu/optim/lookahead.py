@@ -144,6 +144,8 @@ class Lookahead(Optimizer):
     @torch.no_grad()
     def _synchronise(self, slow_weights: dict[Tensor, Tensor]) -> None:
         for place, (parameter, slow) in enumerate(slow_weights.items()):
+            if not parameter.requires_grad:
+                continue
             moved = slow.float().lerp_(parameter.detach(), self.alpha)
             stored_slow(slow, mixed(self.steps, place)).write(moved)
             parameter.copy_(moved)
@@ -174,9 +176,9 @@ class Lookahead(Optimizer):
             OptcpuError: a step is made within the block.
         """
         self._remember_new_parameters()
-        fast = {p: _halves(p) for p in self._slow}
-        for parameter, slow in self._slow.items():
-            parameter.copy_(slow.float())
+        fast = {p: _halves(p) for p in self._slow if p.requires_grad}
+        for parameter in fast:
+            parameter.copy_(self._slow[parameter].float())
         steps = self.steps
         try:
             yield

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import operator
+from collections.abc import Iterator
+from contextlib import contextmanager
 from itertools import chain
 from typing import Any
 
@@ -60,19 +62,34 @@ class BufferKeeper:
             module._buffers.update(buffers)
         self._statistics.spell_out()
         for one in self._kept:
-            one.put_back()
+            one.write(one.copy)
 
-    def state_dict(self) -> list[Tensor]:
-        """What the buffers were when they were kept; valid until :meth:`keep` is called again."""
-        self._statistics.spell_out()
-        return [one.copy for one in self._kept]
+    @contextmanager
+    @torch.no_grad()
+    def put_back_meanwhile(self) -> Iterator[list[Tensor]]:
+        """Within the block the buffers are what they were when they were kept.
 
-    def load_state_dict(self, state: list[Tensor]) -> None:
-        """Keep that in place of what was kept of the same buffers."""
-        self._statistics.spell_out()
-        for one, copy in zip(self._kept, state, strict=True):
-            one.copy.copy_(copy)
-        self._statistics.take_copies()
+        Yields:
+            Copies of what they are outside of it, for :meth:`write`.
+        """
+        places = [(module, dict(module._buffers)) for module in self._modules]
+        now = [one.present.detach().clone() for one in self._kept]
+        self.put_back()
+        try:
+            yield now
+        finally:
+            for module, buffers in places:
+                module._buffers.clear()
+                module._buffers.update(buffers)
+            for one, copy in zip(self._kept, now, strict=True):
+                if one.present is one.buffer:
+                    one.write(copy)
+
+    @torch.no_grad()
+    def write(self, values: list[Tensor]) -> None:
+        """Give the buffers values, in the order in which they are kept; what was kept of them stays so."""
+        for one, value in zip(self._kept, values, strict=True):
+            one.write(value)
 
 
 _buffers_of = operator.attrgetter("_buffers")
@@ -110,14 +127,20 @@ class _KeptBuffer:
         self.copy.copy_(self.buffer.detach())
         return True
 
-    def put_back(self) -> None:
-        """Make the buffer what it was."""
+    @property
+    def present(self) -> Tensor:
+        """The buffer, or the one that has taken its place."""
+        present = self.module._buffers.get(self.name)
+        return self.buffer if present is None else present
+
+    def write(self, value: Tensor) -> None:
+        """Make the buffer ``value``."""
         if self.buffer.is_inference():
-            self.module._buffers[self.name] = self.copy.clone()
-        elif self.buffer.shape != self.copy.shape:
-            self.buffer.data = self.copy.clone()
+            self.module._buffers[self.name] = value.clone()
+        elif self.buffer.shape != value.shape:
+            self.buffer.data = value.clone()
         elif not _is_expanded(self.buffer):  # those cannot be written to
-            self.buffer.copy_(self.copy)
+            self.buffer.copy_(value)
 
 
 class _Statistics:
@@ -151,10 +174,6 @@ class _Statistics:
             numbers = bytearray(self._bytes[start : start + memory.nbytes])
             one.copy = torch.frombuffer(numbers, dtype=one.copy.dtype).view(one.copy.shape)
             start += memory.nbytes
-
-    def take_copies(self) -> None:
-        """The other way round: the copies are what is kept."""
-        self._bytes = b"".join(_memory_of(one.copy) for one in self._kept)
 
 
 def _has_memory(tensor: Tensor) -> bool:

@@ -110,6 +110,7 @@ class Loop:
                 raise
 
     def _go(self) -> str | None:
+        self._reporter.log_what_is_due()
         while True:
             if self._validation_is_due():
                 self.validate()
@@ -285,11 +286,11 @@ class Loop:
         results = cast(dict[str, float], run.world.gather(results)[0])
         phase = "compile" if self._has_compiled() else "validation"
         run.clock.add(phase, time.perf_counter() - started)
-        position.validated, position.metrics, self._changed = position.step, results, True
         told = "  ".join(f"{name} {value:.4g}" for name, value in results.items())
         self._display.message(f"step {position.step}: validation {told}")
-        if self._log is not None:
+        if self._log is not None:  # if that fails, the validation is made again
             self._log.add("validation", position.step, position.epoch, results)
+        position.validated, position.metrics, self._changed = position.step, results, True
         if isinstance(run.scheduler, ReduceLROnPlateau):
             run.scheduler.step(results["loss"])
         if run.stopper is not None:
@@ -342,9 +343,10 @@ class Loop:
                 keep = position.regular_save if self._options.on_nan == "rollback" else None
                 path = self._folder.save(state, position.step, self._found_better, keep)
                 logger.debug("checkpoint (%s): %s", why, path)
+            self._saved, self._changed, self._found_better = position.step, False, False
+            if run.world.first:
                 for callback in run.callbacks:
                     callback.on_checkpoint(self._trainer, path)
-        self._saved, self._changed, self._found_better = position.step, False, False
 
     def _refuse_broken_weights(self) -> None:
         """A checkpoint that cannot be trained on must not take the place of one that can."""

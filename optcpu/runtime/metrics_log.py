@@ -7,11 +7,12 @@ import io
 import itertools
 import json
 import math
+from collections.abc import Collection
 from pathlib import Path
 from typing import Any
 
 from optcpu.errors import OptcpuError
-from optcpu.files import write
+from optcpu.files import replace
 
 COLUMNS = ("step", "epoch", "phase", "name", "value")
 
@@ -28,7 +29,7 @@ class MetricsLog:
         tensorboard: write event files for TensorBoard into it, too.
         after_step: rows of later steps, which a run left that was killed after its last checkpoint, are
             taken out, since these steps are made again; at 0, the files of an earlier run are renamed.
-        validated: whether the validation of ``after_step`` is not made again.
+        told: phases whose row of ``after_step`` will not come again.
 
     Raises:
         OptcpuError: the folder cannot be written, or TensorBoard is asked for and not installed.
@@ -40,17 +41,18 @@ class MetricsLog:
         *,
         tensorboard: bool = False,
         after_step: int = 0,
-        validated: bool = True,
+        told: Collection[str] = ("train", "validation"),
     ) -> None:
         self._jsonl, self._csv = folder / "metrics.jsonl", folder / "metrics.csv"
         try:
             folder.mkdir(parents=True, exist_ok=True)
             if after_step == 0:
                 self._set_aside_earlier_run()
-            self._keep_rows_until(after_step, validated)
+            self._keep_rows_until(after_step, told)
         except OSError as error:
             raise OptcpuError(
-                f"cannot write metrics into {folder}: {error.strerror}; choose another folder for the log"
+                f"cannot write metrics into {folder}: {error.strerror}; make room there and see that it "
+                "may be written to, or choose another folder for the log"
             ) from error
         self._writer = _tensorboard_writer(folder, after_step) if tensorboard else None
 
@@ -65,16 +67,15 @@ class MetricsLog:
             if file.exists():
                 file.rename(place)
 
-    def _keep_rows_until(self, step: int, validated: bool) -> None:
+    def _keep_rows_until(self, step: int, told: Collection[str]) -> None:
         kept = [
             row
             for row in _rows(self._jsonl)
-            if row["step"] < step
-            or (row["step"] == step and (validated or row.get("phase") != "validation"))
+            if row["step"] < step or (row["step"] == step and row.get("phase") in told)
         ]
-        write(self._jsonl, "".join(_line(row) for row in kept).encode(), "train")
+        replace(self._jsonl, "".join(_line(row) for row in kept).encode())
         table = _csv_text([COLUMNS]) + "".join(_csv_text(_entries(row)) for row in kept)
-        write(self._csv, table.encode(), "train")
+        replace(self._csv, table.encode())
 
     def add(self, phase: str, step: int, epoch: int, metrics: dict[str, float]) -> None:
         """Write one row.
@@ -160,4 +161,4 @@ def _tensorboard_writer(folder: Path, after_step: int) -> Any:
             "tensorboard, or leave it out"
         ) from error
     # TensorBoard hides what an earlier writer put there for steps from purge_step on.
-    return SummaryWriter(folder, purge_step=after_step + 1 if after_step else None)
+    return SummaryWriter(folder, purge_step=after_step + 1 if after_step else 0)

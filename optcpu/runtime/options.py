@@ -16,7 +16,12 @@ SomeOptions = TypeVar("SomeOptions", bound="Options")
 def _folder(path: Path) -> Path:
     if path == Path():
         raise ValueError("the name of a folder is empty")
-    return path.expanduser()
+    if "\0" in str(path):
+        raise ValueError("the name of a folder has a null byte in it")
+    try:
+        return path.expanduser()
+    except RuntimeError as error:
+        raise ValueError(f"{str(path)!r} leads to nobody's home folder") from error
 
 
 Folder = Annotated[Path, Field(strict=False), AfterValidator(_folder)]

@@ -62,16 +62,22 @@ class Reporter:
             self._end_interval(row)
         for callback in run.callbacks:
             callback.on_step_end(self._trainer, row)
+        self.log_what_is_due()
+
+    def log_what_is_due(self) -> None:
+        """Write the row that is not in the log yet, because a callback or the disk was in the way."""
+        position = self._run.position
+        if self._log is not None and position.unlogged is not None:
+            self._log.add("train", position.step, position.epoch, position.unlogged)
+        position.unlogged = None
 
     def _end_interval(self, row: dict[str, float]) -> None:
         position, now = self._run.position, time.perf_counter()
-        if self._log is not None:
-            losses = position.losses or [row["loss"]]  # of steps that were made, if any was
-            means = {
-                "loss": math.fsum(losses) / len(losses),
-                "samples_per_second": self._interval_samples / (now - self._interval_started),
-            }
-            self._log.add("train", position.step, position.epoch, row | means)
+        losses = position.losses or [row["loss"]]  # of steps that were made, if any was
+        position.unlogged = row | {
+            "loss": math.fsum(losses) / len(losses),
+            "samples_per_second": self._interval_samples / (now - self._interval_started),
+        }
         position.losses = []
         self._interval_started, self._interval_samples = now, 0
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
@@ -55,6 +55,7 @@ class Position:
         metrics: what that validation gave.
         best: the best value of the metric that decides which checkpoint is kept.
         best_of: that metric, and whether less or more of it is better.
+        unlogged: what the log should tell of the last step, and does not yet.
         bad_steps: how many steps in a row were bad.
         regular_save: the step of the last checkpoint that a run without interruption has, too.
         stop_reason: why the run has ended before its time.
@@ -69,6 +70,7 @@ class Position:
     metrics: dict[str, float] = field(default_factory=dict)
     best: float | None = None
     best_of: str | None = None
+    unlogged: dict[str, float] | None = None
     bad_steps: int = 0
     regular_save: int = -1
     stop_reason: str | None = None
@@ -134,10 +136,20 @@ class Run:
         Args:
             alone: do not ask the other processes for where their data and generators stand.
         """
-        mine = self.data_state()
         pending = self.pending
-        if pending is not None and pending.done == 0:
-            mine, pending = pending.before, None
+        if pending is None or pending.done == 0:
+            mine = self.data_state() if pending is None else pending.before
+            return self._state(mine, alone=alone) | {"pending": None}
+        # Weights and buffers of one moment, to be rolled back to or taken as the best.
+        with self.buffers.put_back_meanwhile() as now:
+            state = self._state(self.data_state(), alone=alone)
+            _copy_all_but(self.model.named_parameters(remove_duplicate=False), state["model"])
+            if isinstance(self.loss, nn.Module):
+                _copy_all_but(self.loss.named_parameters(remove_duplicate=False), state["loss"])
+            _copy_all_but([], state["unsaved_buffers"])
+        return state | {"pending": self._pending_state(pending, now)}
+
+    def _state(self, mine: dict[str, Any], *, alone: bool) -> dict[str, Any]:
         return {
             "model": self.model.state_dict(),
             "loss": self.loss.state_dict() if isinstance(self.loss, nn.Module) else {},
@@ -155,7 +167,6 @@ class Run:
             "plan": self.plan.state_dict(),
             "kernels": gemm.choices(),
             "processes": [mine] if alone else self.world.gather_at_first(mine | self._own_state()),
-            "pending": None if pending is None else self._pending_state(pending),
         }
 
     def _own_state(self) -> dict[str, Any]:
@@ -167,14 +178,14 @@ class Run:
             state["optimizer"] = self.optimizer.state_dict()
         return state
 
-    def _pending_state(self, pending: MicroBatches) -> dict[str, Any]:
+    def _pending_state(self, pending: MicroBatches, buffers: list[Tensor]) -> dict[str, Any]:
         return {
             "before": pending.before,
             "batches": len(pending.batches),
             "done": pending.done,
             "loss": pending.loss,
             "gradients": gradients_by_name(trained_parameters(self.model, self.loss)),
-            "buffers": self.buffers.state_dict(),
+            "buffers_so_far": buffers,
         }
 
     def _callback_states(self) -> list[tuple[str, dict[str, Any]]]:
@@ -347,7 +358,7 @@ class Run:
             )
         step.done, step.loss = pending["done"], pending["loss"]
         restore_gradients(trained_parameters(self.model, self.loss), pending["gradients"])
-        self.buffers.load_state_dict(pending["buffers"])
+        self.buffers.write(pending["buffers_so_far"])
         self._set_random_state(data)
         self.pending = step
 
@@ -363,6 +374,14 @@ class Run:
         self._set_random_state(saved)
         self.feed.load_state_dict(saved["feed"])
         self._set_random_state(saved)
+
+
+def _copy_all_but(kept: Iterable[tuple[str, Tensor]], state: dict[str, Any]) -> None:
+    """Copy the tensors of ``state`` in place of themselves, but for those with the names of ``kept``."""
+    names = {name for name, _ in kept}
+    for name, value in state.items():
+        if isinstance(value, Tensor) and name not in names:
+            state[name] = value.clone()
 
 
 def _tell_changes(

@@ -222,6 +222,8 @@ class Trainer:
         try:
             with modes_kept(self.model):
                 self.model.train()
+                if self._freezer is not None:
+                    self._freezer.keep_modes()
                 return self._train()
         finally:
             torch.set_num_threads(threads)
@@ -393,7 +395,10 @@ class _Log:
                 options.log.folder,
                 tensorboard=options.log.tensorboard,
                 after_step=position.step,
-                validated=position.validated == position.step,
+                told=[
+                    *(["train"] if position.unlogged is None else []),
+                    *(["validation"] if position.validated == position.step else []),
+                ],
             )
 
     def close(self) -> None:

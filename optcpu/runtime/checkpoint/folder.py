@@ -198,11 +198,9 @@ class CheckpointFolder:
         """
         try:
             self.path.mkdir(parents=True, exist_ok=True)
-            file = (self.path / ".run").open("a+")
+            file = (self.path / ".run").open("a+b", buffering=0)
         except OSError as error:
-            raise OptcpuError(
-                f"cannot keep checkpoints in {self.path}: {error.strerror}. {_remedy(error, 0)}"
-            ) from error
+            raise self._cannot_keep(error) from error
         with file:
             # A worker process that outlives a killed run for a while has inherited its lock.
             if not _lock(file) and (holder := _process_in(file)) is not None:
@@ -210,14 +208,21 @@ class CheckpointFolder:
                     f"process {holder} is training into {self.path} already: give each run a folder of "
                     "its own, or end that one"
                 )
-            file.truncate(0)
-            file.write(str(os.getpid()))
-            file.flush()
+            try:
+                file.truncate(0)
+                file.write(str(os.getpid()).encode())
+            except OSError as error:
+                raise self._cannot_keep(error) from error
             try:
                 yield
             finally:
                 with suppress(OSError):
                     fcntl.flock(file, fcntl.LOCK_UN)
+
+    def _cannot_keep(self, error: OSError) -> OptcpuError:
+        return OptcpuError(
+            f"cannot keep checkpoints in {self.path}: {error.strerror}. {_remedy(error, 0)}"
+        )
 
     def path_of(self, step: int) -> Path:
         """Where the checkpoint of a step is, or would be."""
@@ -346,7 +351,7 @@ def _locked(path: Path) -> Iterator[None]:
                 fcntl.flock(file, fcntl.LOCK_UN)
 
 
-def _process_in(file: IO[str]) -> int | None:
+def _process_in(file: IO[bytes]) -> int | None:
     """The process whose number is in ``file``, if it lives."""
     file.seek(0)
     number = file.read().strip()

@@ -171,9 +171,9 @@ def read_manifest(folder: Path) -> Manifest:
         OptcpuError: there is none, or it is damaged or of another format.
     """
     path = folder / _MANIFEST
-    if not path.is_file():  # opening a pipe would block
-        raise OptcpuError(f"{_MANIFEST} is missing")
     try:
+        if not path.is_file():  # opening a pipe would block
+            raise OptcpuError(f"{_MANIFEST} is missing")
         with path.open("rb") as file:
             found = json.loads(file.read(_MAX_MANIFEST_BYTES))
     except OSError as error:
@@ -230,9 +230,9 @@ def sync_folder(folder: Path) -> None:
 
 def _verify(path: Path, entry: FileEntry) -> None:
     """Raise :class:`OptcpuError` unless a file is what the manifest says it is."""
-    if not path.is_file():
-        raise OptcpuError(f"{path.name} is missing")
     try:
+        if not path.is_file():
+            raise OptcpuError(f"{path.name} is missing")
         digest, size = hashlib.sha256(), path.stat().st_size
         if size != entry.bytes:
             raise OptcpuError(f"{path.name} has {size} bytes, not {entry.bytes}")

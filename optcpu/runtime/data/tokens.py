@@ -56,6 +56,8 @@ class TokenDataset(Dataset[tuple[Tensor, Tensor]]):
     ) -> None:
         stride = length if stride is None else stride
         for name, value in {"length": length, "stride": stride, "vocab_size": vocab_size}.items():
+            if value is not None and (not isinstance(value, int) or isinstance(value, bool)):
+                raise TypeError(f"{name} must be an integer, got {value!r}")
             if value is not None and value < 1:
                 raise ValueError(f"{name} must be positive, got {value}")
         self.length = length

@@ -69,6 +69,7 @@ class PrefixCache:
                 f"indices must have shape [{len(inputs)}], one for each sample, not {list(indices.shape)}"
             )
         numbers: list[int] = indices.tolist()
+        _check_frozen(self._prefix)
         missing = [place for place, number in enumerate(numbers) if number not in self._rows]
         if not missing:
             return torch.stack([self._rows[number] for number in numbers])
@@ -111,12 +112,16 @@ def split(model: nn.Module) -> tuple[nn.Sequential, nn.Sequential]:
     return nn.Sequential(*children[:cut]), nn.Sequential(*children[cut:])
 
 
-def _check_deterministic(prefix: nn.Module) -> None:
+def _check_frozen(prefix: nn.Module) -> None:
     for name, parameter in prefix.named_parameters():
         if parameter.requires_grad:
             raise ValueError(
                 f"{name!r} of the prefix is trained, so that its outputs cannot be kept"
             )
+
+
+def _check_deterministic(prefix: nn.Module) -> None:
+    _check_frozen(prefix)
     for name, module in prefix.named_modules():
         if isinstance(module, (_DropoutNd, _NormBase)) and module.training and not _is_idle(module):
             raise ValueError(

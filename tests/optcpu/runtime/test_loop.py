@@ -19,7 +19,7 @@ from optcpu import Trainer
 from optcpu.errors import OptcpuError
 from optcpu.measure.batches import default_loss
 from optcpu.optim import AdamW
-from optcpu.runtime import Callback, CheckpointFolder, TrainingDiverged
+from optcpu.runtime import Callback, CheckpointFolder, TrainingDiverged, metrics_log
 from optcpu.runtime.world import World
 
 
@@ -643,3 +643,91 @@ def test_after_an_error_nothing_is_left_to_go_on_from() -> None:
         trainer.train()
     with pytest.raises(OptcpuError, match="ended in an error, and there is no checkpoint"):
         trainer.train()
+
+
+@pytest.mark.parametrize("phase", ["train", "validation"])
+@pytest.mark.parametrize("step", [2, 4])
+def test_a_row_that_cannot_be_written_comes_when_it_can(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, phase: str, step: int
+) -> None:
+    """A validation is made again, and nothing that follows from it happens twice or not at all."""
+
+    def make(folder: str) -> Trainer:
+        torch.manual_seed(0)
+        model = small_model()
+        optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+        return small_trainer(
+            model,
+            small_data(64),
+            optimizer=optimizer,
+            lr=None,
+            scheduler=ReduceLROnPlateau(optimizer, patience=0, threshold=1.0),
+            validation_data=small_data(8),
+            validate_every=2,
+            checkpoints={"folder": tmp_path / folder / "c", "every_steps": 3},
+            log={"folder": tmp_path / folder / "log", "every_steps": 2},
+        )
+
+    def rows(folder: str) -> list[dict[str, Any]]:
+        lines = (tmp_path / folder / "log" / "metrics.jsonl").read_text().splitlines()
+        keep = ("step", "phase", "loss", "lr")
+        found = [{name: json.loads(line).get(name) for name in keep} for line in lines]
+        return sorted(found, key=lambda row: (row["step"], row["phase"]))
+
+    whole = make("whole")
+    whole.train()
+    append = metrics_log._append
+
+    def fails(path: Path, text: str) -> None:
+        if path.suffix == ".csv" and f"{step},0,{phase}" in text:
+            raise OptcpuError("the disk is full")
+        append(path, text)
+
+    monkeypatch.setattr(metrics_log, "_append", fails)
+    with pytest.raises(OptcpuError, match="the disk is full"):
+        make("failed").train()
+    monkeypatch.undo()
+    resumed = make("failed")
+    resumed.train()
+    assert_equal(tensors_of(resumed), tensors_of(whole))
+    assert rows("failed") == rows("whole")
+    assert resumed.optimizer.param_groups[0]["lr"] == whole.optimizer.param_groups[0]["lr"] < 0.1
+
+
+def test_a_callback_that_fails_at_a_checkpoint_leaves_it_saved(tmp_path: Path) -> None:
+    told = []
+
+    class Raises(Callback):
+        def on_checkpoint(self, trainer: Any, path: Path) -> None:
+            told.append(path)
+            raise RuntimeError("mine")
+
+    with pytest.raises(RuntimeError, match="mine"):
+        small_trainer(checkpoints=tmp_path, callbacks=[Raises()]).train()
+    assert told == CheckpointFolder(tmp_path).list()  # and not saved again because of the error
+
+
+@pytest.mark.parametrize("stop_at", [3, 5])
+def test_frozen_blocks_stay_in_evaluation_mode_when_a_run_goes_on(stop_at: int) -> None:
+    """In the same process, after the model was set to training mode anew."""
+
+    class Stops(Callback):
+        def __init__(self, at: int) -> None:
+            self._at = at
+
+        def on_step_end(self, trainer: Any, metrics: dict[str, float]) -> None:
+            self._at -= 1
+            if self._at == 0:
+                trainer.stop()
+
+    def train(at: int) -> Trainer:
+        freezing = {"window": 1, "patience": 1, "percentile": 100.0, "eval_frozen": True}
+        freezing |= {"step_seconds": 1.0, "compile_seconds": 0.0}
+        trainer = small_trainer(
+            data=small_data(64), accumulation_steps=2, freezing=freezing, callbacks=[Stops(at)]
+        )
+        while trainer.train().stopped_by:
+            pass
+        return trainer
+
+    assert_equal(tensors_of(train(stop_at)), tensors_of(train(0)))

@@ -1,8 +1,10 @@
 from __future__ import annotations
 
 import csv
+import errno
 import json
 import math
+import os
 import shutil
 from pathlib import Path
 from typing import Any
@@ -62,16 +64,15 @@ def test_a_new_run_begins_anew(tmp_path: Path) -> None:
     assert '"loss": 2.0' in (tmp_path / "metrics-2.jsonl").read_text()
 
 
-@pytest.mark.parametrize("validated", [False, True])
-def test_a_validation_that_is_made_again_is_taken_out(tmp_path: Path, validated: bool) -> None:
+@pytest.mark.parametrize("told", [(), ("train",), ("train", "validation")])
+def test_rows_that_come_again_are_taken_out(tmp_path: Path, told: tuple[str, ...]) -> None:
     log = MetricsLog(tmp_path)
     for step in (1, 2):
         log.add("train", step, 0, {"loss": 1.0})
         log.add("validation", step, 0, {"loss": 1.0})
-    MetricsLog(tmp_path, after_step=2, validated=validated)
+    MetricsLog(tmp_path, after_step=2, told=told)
     rows = [(row["step"], row["phase"]) for row in _rows(tmp_path)]
-    expected = [(1, "train"), (1, "validation"), (2, "train"), (2, "validation")]
-    assert rows == (expected if validated else expected[:3])
+    assert rows == [(1, "train"), (1, "validation"), *((2, phase) for phase in told)]
 
 
 def test_a_folder_that_cannot_be_is_told(tmp_path: Path) -> None:
@@ -96,3 +97,25 @@ def test_a_folder_that_was_removed_is_made_anew(tmp_path: Path) -> None:
     shutil.rmtree(tmp_path / "log")
     log.add("train", 2, 0, {"loss": 0.25})
     assert [row["step"] for row in _rows(tmp_path / "log")] == [2]
+
+
+@pytest.mark.parametrize("after_step", [0, 4])
+def test_tensorboard_hides_what_is_made_again(tmp_path: Path, after_step: int) -> None:
+    accumulator = pytest.importorskip("tensorboard.backend.event_processing.event_accumulator")
+    for first, later in ((0, range(2, 9, 2)), (after_step, range(after_step + 2, 13, 2))):
+        log = MetricsLog(tmp_path, tensorboard=True, after_step=first)
+        for step in later:
+            log.add("train", step, 0, {"loss": 0.25})
+        log.close()
+    events = accumulator.EventAccumulator(str(tmp_path))
+    events.Reload()
+    assert [event.step for event in events.Scalars("train/loss")] == [2, 4, 6, 8, 10, 12]
+
+
+def test_a_full_disk_is_told(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def is_full(*_: object) -> None:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr(Path, "write_bytes", is_full)
+    with pytest.raises(OptcpuError, match=r"cannot write metrics into .*No space left.*make room"):
+        MetricsLog(tmp_path)

@@ -14,6 +14,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+import safetensors.torch
 import torch
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset, TensorDataset, default_collate
@@ -379,6 +380,61 @@ def test_a_rollback_goes_back_as_far_as_without_a_stop(tmp_path: Path, number: i
     torch.manual_seed(0)
     train("stopped", number)
     assert_equal(tensors_of(train("stopped", None)), tensors_of(whole))
+
+
+@pytest.mark.parametrize("again", ["in this process", "from the checkpoint"])
+@pytest.mark.parametrize("number", range(4, 8))
+def test_a_stop_within_a_step_leaves_its_beginning_to_go_back_to(
+    tmp_path: Path, number: int, again: str
+) -> None:
+    """Its checkpoint takes the place of the one behind the step before, running statistics included."""
+
+    class Bad(_StopAt):
+        def __init__(self, stop_at: int | None, bad_in: int) -> None:
+            super().__init__(stop_at)
+            self._count = -bad_in
+
+        def __call__(self, output: Any, batch: Any) -> Tensor:
+            self._count += torch.is_grad_enabled()
+            return super().__call__(output, batch) * (math.nan if self._count == 0 else 1)
+
+    def make(folder: str, stop_at: int | None, bad_in: int) -> Trainer:
+        return small_trainer(
+            data=small_data(64),
+            on_nan="rollback",
+            checkpoints={"folder": tmp_path / folder, "every_steps": 1},
+            loss=Bad(stop_at, bad_in),
+        )
+
+    whole = make("whole", None, 8)  # in the last micro-batch of the second step
+    whole.train()
+    stopped = make("stopped", number, 8)
+    assert stopped.train().stopped_by == "SIGTERM"
+    if again == "from the checkpoint":
+        stopped = make("stopped", None, 7 - number)
+    stopped.train()
+    assert_equal(tensors_of(stopped), tensors_of(whole))
+
+
+def test_the_best_stays_what_was_validated(tmp_path: Path) -> None:
+    found: list[dict[str, Tensor]] = []
+
+    class Best(Callback):
+        def on_checkpoint(self, trainer: Trainer, path: Path) -> None:
+            found.append(safetensors.torch.load_file(path / "model.safetensors"))
+
+    trainer = small_trainer(
+        data=small_data(64),
+        validation_data=small_data(8),
+        validate_every=1,
+        checkpoints={"folder": tmp_path, "every_steps": 100, "best": "loss"},
+        loss=_StopAt(5),
+        callbacks=[Best()],
+    )
+    trainer.train()
+    validated, stopped = found
+    assert_equal(stopped, validated)
+    assert not torch.equal(trainer.model[1].running_mean, stopped["1.running_mean"])
 
 
 def test_losses_go_on(tmp_path: Path) -> None:

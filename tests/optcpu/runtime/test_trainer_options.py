@@ -58,6 +58,11 @@ def test_a_bare_value_stands_for_a_group() -> None:
         ({"optimizer": {"momentum": 0.5}}, "optimizer: adamw has no momentum"),
         ({"seed": 2**63}, "seed is 9223372036854775808; input should be less than"),
         ({"checkpoints": ""}, "checkpoints.folder: the name of a folder is empty"),
+        (
+            {"checkpoints": "~nobody-here/a"},
+            "checkpoints.folder: '~nobody-here/a' leads to nobody's home",
+        ),
+        ({"log": "a\0b"}, "log.folder: the name of a folder has a null byte in it"),
         ({"precision": "fp16"}, "precision is 'fp16'; input should be 'auto', 'bf16' or 'fp32'"),
         ({"threads": 0}, "threads must be at least 1, or 'auto'"),
         ({"threads": 10**8}, "threads must be at most 1024, or 'auto'"),

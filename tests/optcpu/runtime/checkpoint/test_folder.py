@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import fcntl
 import os
+import resource
 import shutil
 import subprocess
 import sys
@@ -439,6 +440,39 @@ def test_a_full_disk(folder: CheckpointFolder, monkeypatch: pytest.MonkeyPatch, 
     )
     assert sorted(os.listdir(folder.path)) == [".lock", "step-00000001"]
     assert loaded(folder) == 1
+
+
+def test_a_full_disk_at_the_start(tmp_path: Path) -> None:
+    most = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (0, most[1]))
+    try:
+        with (
+            pytest.raises(OptcpuError, match=r"^cannot keep checkpoints in .+: File too large"),
+            CheckpointFolder(tmp_path).in_use(),
+        ):
+            pass
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, most)
+
+
+@pytest.mark.parametrize("name", ["manifest.json", "model.safetensors"])
+def test_a_checkpoint_that_may_not_be_read_is_passed_over(
+    folder: CheckpointFolder, monkeypatch: pytest.MonkeyPatch, name: str
+) -> None:
+    for step in (1, 2):
+        folder.save(state(step), step)
+    is_file = Path.is_file
+
+    def refused(path: Path) -> bool:
+        if path == folder.path_of(2) / name:
+            raise PermissionError(errno.EACCES, os.strerror(errno.EACCES))
+        return is_file(path)
+
+    monkeypatch.setattr(Path, "is_file", refused)
+    with pytest.warns(UserWarning, match=rf"{name} cannot be read \(Permission denied\)"):
+        checkpoint = folder.load()
+    assert checkpoint is not None
+    assert checkpoint.step == 1
 
 
 def test_two_runs_at_once_are_refused(tmp_path: Path) -> None:

@@ -124,6 +124,8 @@ class TestWindows:
     def test_numbers_are_positive(self, name: str) -> None:
         with pytest.raises(ValueError, match=f"{name} must be positive, got 0"):
             TokenDataset(torch.arange(30), **{"length": 5, name: 0})
+        with pytest.raises(TypeError, match=f"{name} must be an integer, got 2.5"):
+            TokenDataset(torch.arange(30), **{"length": 5, name: 2.5})
 
     @pytest.mark.parametrize("source", [torch.rand(50), torch.zeros(5, 5, dtype=torch.long)])
     def test_tensors_hold_integers_in_one_dimension(self, source: torch.Tensor) -> None:

@@ -69,6 +69,11 @@ def test_what_is_not_deterministic_is_refused() -> None:
     prefix.requires_grad_(True)
     with pytest.raises(ValueError, match="is trained"):
         cache(torch.arange(2), torch.randn(2, 2, 3))
+    prefix.requires_grad_(False)
+    cache(torch.arange(2), torch.randn(2, 2, 3))
+    prefix.requires_grad_(True)
+    with pytest.raises(ValueError, match="is trained"):  # though nothing would have to be computed
+        cache(torch.arange(2), torch.randn(2, 2, 3))
 
 
 def test_wrong_arguments_are_told() -> None:

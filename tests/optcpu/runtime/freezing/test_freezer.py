@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import functools
 import io
+import itertools
 import json
 import logging
 from collections.abc import Callable
@@ -518,3 +519,31 @@ def test_fine_tuning_freezes_what_is_good_and_stays_accurate(kind: str) -> None:
         assert all(p.grad is None for p in block.parameters)
     assert usual > 0.93
     assert accuracy > usual - 0.02
+
+
+@pytest.mark.parametrize("inner", [torch.optim.AdamW, AdamW])
+@pytest.mark.parametrize("order", list(itertools.permutations(range(3))))
+def test_states_are_loaded_in_any_order_beside_lookahead(
+    inner: Callable[..., Optimizer], order: tuple[int, ...]
+) -> None:
+    """What is frozen is not moved to what it was when the optimizer's state came."""
+
+    def parts(seed: int) -> tuple[nn.Module, Lookahead, DynamicFreezer]:
+        model = network(seed)
+        optimizer = Lookahead(inner(model.parameters(), lr=0.01), k=3)
+        return model, optimizer, DynamicFreezer(model, optimizer, window=50)
+
+    whole = parts(0)
+    train(*whole, range(4))
+    whole[2].freeze(1)
+    train(*whole, range(4, 5))
+    states = [copy.deepcopy(part.state_dict()) for part in whole]
+    other = parts(1)
+    for number in order:
+        other[number].load_state_dict(states[number])
+    for run in (whole, other):
+        train(*run, range(5, 12))
+        run[2].unfreeze()
+        train(*run, range(12, 16))
+    for p, q in zip(whole[0].parameters(), other[0].parameters(), strict=True):
+        assert torch.equal(p, q)
