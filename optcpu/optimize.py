@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, fields
 from typing import Any, TypeVar, overload
@@ -18,11 +19,11 @@ from optcpu.cpu import capabilities
 from optcpu.errors import OptcpuError, warn
 from optcpu.layout import Layout, checked_layout, keep_packed
 from optcpu.memory import reuse_memory
-from optcpu.optim.weights import restore_weights
+from optcpu.optim.weights import StoredWeight, restore_weights
 from optcpu.pipeline import Pipeline, Precision, default_passes, resolve_precision
 from optcpu.record import Record
-from optcpu.recurrent import needs_autocast, under_autocast
-from optcpu.takeover import resolve_state_dtype, resolve_weights, take_over
+from optcpu.recurrent import has_recurrent_layers, needs_autocast, under_autocast
+from optcpu.takeover import gradients_set_aside, resolve_state_dtype, resolve_weights, take_over
 from passes.base import Rewrite
 
 Model = TypeVar("Model", bound=nn.Module)
@@ -226,6 +227,7 @@ class CompiledCall:
         function: Callable[..., Any] | None = None,
     ) -> None:
         self.settings = settings
+        self._model = model
         self.replaced = model._compiled_call_impl
         self.backend = Backend(
             settings.pipeline,
@@ -245,6 +247,8 @@ class CompiledCall:
 
         Needed when weights are stored in another way, which Dynamo's guards in PyTorch 2.8 overlook.
         """
+        self._stored: list[StoredWeight] | None = None  # looked for with the first call
+        self._breaks = _graph_breaks().total()
         self._compiled: Callable[..., Any] = torch.compile(
             _own_frame(self._eager), backend=self.backend, dynamic=self.settings.dynamic
         )
@@ -274,8 +278,14 @@ class CompiledCall:
         if self._given_up:
             return self._eager(*args, **kwargs)
         run_before = self.backend.parts_run
+        if self._stored is None:
+            self._stored = [p for p in self._model.parameters() if isinstance(p, StoredWeight)]
         try:
-            return self._compiled(*args, **kwargs)
+            with gradients_set_aside(self._stored):
+                result = self._compiled(*args, **kwargs)
+            if self.backend.parts_run == run_before:
+                self._tell_why_nothing_ran()
+            return result
         except TorchDynamoException as error:
             if self.backend.parts_run != run_before:
                 raise  # what has run (batch statistics, say) must not run a second time
@@ -285,6 +295,21 @@ class CompiledCall:
         self.backend.fell_back("the model", failure)
         self._given_up = True
         return result
+
+    def _tell_why_nothing_ran(self) -> None:
+        """Dynamo gives up whole functions without an error, and notes why.
+
+        As it does with what calls a recurrent layer, which is known.
+        """
+        breaks = _graph_breaks()
+        before, self._breaks = self._breaks, breaks.total()
+        has_parameters = next(self._model.parameters(), None) is not None
+        if self._breaks > before and has_parameters and not has_recurrent_layers(self._model):
+            self.backend.fell_back("the model", RuntimeError(list(breaks)[-1]))
+
+
+def _graph_breaks() -> Counter[str]:
+    return torch._dynamo.utils.counters["graph_break"]
 
 
 def _own_frame(function: Callable[..., Any]) -> Callable[..., Any]:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from typing import Literal
 
 import torch
@@ -114,3 +116,23 @@ def _check_storage(model: nn.Module, optimizer: Optimizer, weights: Weights) -> 
 
 def _plain_weights(model: nn.Module) -> int:
     return sum(not isinstance(parameter, StoredWeight) for parameter in model.parameters())
+
+
+@contextmanager
+def gradients_set_aside(weights: Iterable[StoredWeight]) -> Iterator[None]:
+    """Within the block those weights have no gradient that have one of another dtype.
+
+    Dynamo does not trace what reads such a weight: in the middle of an accumulation a batch of another
+    shape would not be compiled.
+    """
+    aside = []
+    for weight in weights:
+        gradient = weight.grad
+        if gradient is not None and gradient.dtype != weight.dtype:
+            aside.append((weight, gradient))
+            weight.grad = None
+    try:
+        yield
+    finally:
+        for weight, gradient in aside:
+            weight.grad = gradient

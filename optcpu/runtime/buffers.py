@@ -197,6 +197,15 @@ def _memory_of(tensor: Tensor) -> memoryview:
     return memory
 
 
+def give_memory_to_expanded(*owners: Any) -> None:
+    """Replace buffers several of whose elements are one, which cannot be written to, by copies."""
+    for owner in owners:
+        for module in owner.modules() if isinstance(owner, nn.Module) else ():
+            for name, buffer in module._buffers.items():
+                if buffer is not None and _is_expanded(buffer):
+                    module._buffers[name] = buffer.clone(memory_format=torch.contiguous_format)
+
+
 def _is_expanded(tensor: Tensor) -> bool:
     strided = tensor.layout == torch.strided
     return strided and any(

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import inspect
 import os
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -86,6 +86,24 @@ def optimizer_settings(given: Any, lr: float | None) -> dict[str, Any]:
     return {**settings, "lr": lr}
 
 
+def check_epochs(data: Any, epochs: int | None) -> None:
+    """Raise TypeError if the data cannot be gone through so often."""
+    if isinstance(data, Iterator) and (epochs or 1) > 1:
+        raise TypeError(
+            f"{type(data).__name__} can be gone through once only, and epochs is {epochs}: give a list, a "
+            "DataLoader or a dataset, or steps in place of epochs"
+        )
+
+
+def check_local_steps(optimizer: Optimizer, local_steps: int | None) -> None:
+    """Raise ValueError if the optimizer is a Lookahead of another number of steps."""
+    if local_steps is not None and isinstance(optimizer, Lookahead) and optimizer.k != local_steps:
+        raise ValueError(
+            f"local_steps is {local_steps}, and k of the Lookahead is {optimizer.k}: processes average "
+            "their weights when the slow ones move; give both the same number"
+        )
+
+
 def check_optimizer(
     optimizer: Optimizer,
     trained: Iterable[nn.Parameter],
@@ -104,11 +122,7 @@ def check_optimizer(
         ValueError: it has none of them, others that checkpoints would not have, a step that wants to
             compute the loss again, or is a :class:`optcpu.Lookahead` of another number of steps.
     """
-    if local_steps is not None and isinstance(optimizer, Lookahead) and optimizer.k != local_steps:
-        raise ValueError(
-            f"local_steps is {local_steps}, and k of the Lookahead is {optimizer.k}: processes average "
-            "their weights when the slow ones move; give both the same number"
-        )
+    check_local_steps(optimizer, local_steps)
     closure = inspect.signature(optimizer.step).parameters.get("closure")
     if closure is not None and closure.default is inspect.Parameter.empty:
         raise ValueError(

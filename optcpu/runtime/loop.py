@@ -363,6 +363,8 @@ class Loop:
         run = self._run
         if self._folder is None or self._updating or not run.world.first or not self._changed:
             return
+        if run.world.size > 1 and self._options.local_steps is not None:
+            return  # what the others have learnt since the last time that all met is not here
         if self._before is not None:
             self._runner.forget_gradients()
             run.buffers.put_back()

@@ -14,7 +14,7 @@ from torch.optim.lr_scheduler import LRScheduler
 from optcpu.errors import OptcpuError, warn
 from optcpu.measure.batches import Loss
 from optcpu.optim.lookahead import Lookahead
-from optcpu.runtime.buffers import BufferKeeper
+from optcpu.runtime.buffers import BufferKeeper, give_memory_to_expanded
 from optcpu.runtime.callbacks import Callback
 from optcpu.runtime.checkpoint.rng import rng_state, set_rng_state
 from optcpu.runtime.clock import Clock
@@ -22,6 +22,7 @@ from optcpu.runtime.data.loading import Feed
 from optcpu.runtime.freezing.freezer import DynamicFreezer
 from optcpu.runtime.plan import Plan
 from optcpu.runtime.schedule import Schedule
+from optcpu.runtime.settings import Settings
 from optcpu.runtime.step import (
     MicroBatches,
     buffers_of,
@@ -33,13 +34,6 @@ from optcpu.runtime.stopping import Stopper
 from optcpu.runtime.unsaved import Unsaved
 from optcpu.runtime.world import World
 from passes import gemm
-
-_MOVED_BY_OURS = {"params", "lr", "initial_lr"}
-_MOVED_BY_OTHERS = {"params", "lr", "max_lr", "min_lr"}  # and by OneCycleLR and CyclicLR:
-_MOVED_BY_OTHERS |= {"betas", "momentum", "max_momentum", "base_momentum"}
-# What a scheduler of PyTorch counts or follows, in its own state.
-_MOVED_IN_SCHEDULER = {"last_epoch", "base_lrs", "best", "num_bad_epochs", "cooldown_counter"}
-_MOVED_IN_SCHEDULER |= {"T_cur", "T_i"}
 
 
 @dataclass
@@ -140,14 +134,27 @@ class Run:
         if pending is None or pending.done == 0:
             mine = self.data_state() if pending is None else pending.before
             return self._state(mine, alone=alone) | {"pending": None}
+        gradients = gradients_by_name(trained_parameters(self.model, self.loss))
+        is_begun_anew = any(
+            gradient.is_sparse for gradient in gradients.values()
+        )  # no file holds them
         # Weights and buffers of one moment, to be rolled back to or taken as the best.
         with self.buffers.put_back_meanwhile() as now:
-            state = self._state(self.data_state(), alone=alone)
+            mine = pending.before if is_begun_anew else self.data_state()
+            state = self._state(mine, alone=alone)
             _copy_all_but(self.model.named_parameters(remove_duplicate=False), state["model"])
             if isinstance(self.loss, nn.Module):
                 _copy_all_but(self.loss.named_parameters(remove_duplicate=False), state["loss"])
             _copy_all_but([], state["unsaved_buffers"])
-        return state | {"pending": self._pending_state(pending, now)}
+        noted = {
+            "before": pending.before,
+            "sizes": pending.sizes,
+            "done": pending.done,
+            "loss": pending.loss,
+            "gradients": gradients,
+            "buffers_so_far": now,
+        }
+        return state | {"pending": None if is_begun_anew else noted}
 
     def _state(self, mine: dict[str, Any], *, alone: bool) -> dict[str, Any]:
         return {
@@ -178,16 +185,6 @@ class Run:
             state["optimizer"] = self.optimizer.state_dict()
         return state
 
-    def _pending_state(self, pending: MicroBatches, buffers: list[Tensor]) -> dict[str, Any]:
-        return {
-            "before": pending.before,
-            "batches": len(pending.batches),
-            "done": pending.done,
-            "loss": pending.loss,
-            "gradients": gradients_by_name(trained_parameters(self.model, self.loss)),
-            "buffers_so_far": buffers,
-        }
-
     def _callback_states(self) -> list[tuple[str, dict[str, Any]]]:
         """Of those callbacks that have one, with their kinds."""
         states = ((type(one).__name__, one.state_dict()) for one in self.callbacks)
@@ -208,6 +205,7 @@ class Run:
             )
         if self.freezer is not None and state["freezer"] is not None:
             self.freezer.load_state_dict(state["freezer"])
+        give_memory_to_expanded(self.model, self.loss)  # else nothing can be loaded into them
         try:
             self.model.load_state_dict(state["model"])
             if isinstance(self.loss, nn.Module):
@@ -245,29 +243,6 @@ class Run:
             [names.get(id(p), "") for p in group["params"]] for group in self.optimizer.param_groups
         ]
 
-    def _optimizer_settings(self) -> list[dict[str, Any]]:
-        """What is set for each group of parameters, but for what schedules move.
-
-        The trainer's own schedule follows a new learning rate at once.
-        """
-        moved = _MOVED_BY_OURS if isinstance(self.scheduler, Schedule) else _MOVED_BY_OTHERS
-        return [
-            {name: value for name, value in group.items() if name not in moved}
-            for group in self.optimizer.param_groups
-        ]
-
-    def _scheduler_settings(self) -> dict[str, Any]:
-        """What is set for the schedule, as far as plain values tell; the trainer's own follows new ones."""
-        if isinstance(self.scheduler, Schedule):
-            return {}
-        return {
-            name: setting
-            for name, setting in self.scheduler.state_dict().items()
-            if not name.startswith("_")
-            and name not in _MOVED_IN_SCHEDULER
-            and isinstance(setting, (bool, int, float, str, list, tuple))
-        }
-
     def load_state_dict(self, state: dict[str, Any]) -> dict[str, Any] | None:
         """The whole run as it was.
 
@@ -292,13 +267,10 @@ class Run:
                 "checkpoint has the weights)"
             )
         gemm.adopt(state["kernels"])
-        given, given_schedule = self._optimizer_settings(), self._scheduler_settings()
+        given = Settings.of(self.optimizer, self.scheduler)
         self.load_weights(state)
-        remedy = "change optimizer.param_groups in a callback's on_train_begin"
-        _tell_changes("optimizer", given, self._optimizer_settings(), remedy)
         self.scheduler.load_state_dict(state["scheduler"])
-        remedy = "take another folder for checkpoints"
-        _tell_changes("scheduler", [given_schedule], [self._scheduler_settings()], remedy)
+        given.tell_changes(Settings.of(self.optimizer, self.scheduler))
         self._load_callbacks(state["callbacks"])
         self.clock.load_state_dict(state["clock"])
         self.position = Position(**state["position"])
@@ -342,30 +314,35 @@ class Run:
 
     def resume_step(
         self, pending: dict[str, Any], step: MicroBatches | None, data: dict[str, Any]
-    ) -> None:
+    ) -> bool:
         """Go on in the middle of a step whose micro-batches have been drawn anew.
+
+        With other micro-batches, of another ``batch_size`` say, it is made from its beginning.
 
         Args:
             pending: what was noted of it.
             step: the micro-batches.
             data: what :meth:`data_state` gave then.
+
+        Returns:
+            Whether it is gone on with.
         """
-        given = 0 if step is None else len(step.batches)
-        if step is None or given != pending["batches"]:
-            raise OptcpuError(
-                f"the checkpoint was written in a step of {pending['batches']} micro-batches, and the "
-                f"data now give {given}: go on with the same data and accumulation_steps"
-            )
+        self.pending = step
+        if step is None or step.sizes != pending["sizes"]:
+            return False
         step.done, step.loss = pending["done"], pending["loss"]
         restore_gradients(trained_parameters(self.model, self.loss), pending["gradients"])
         self.buffers.write(pending["buffers_so_far"])
         self._set_random_state(data)
-        self.pending = step
+        return True
 
     def _own(self, processes: list[dict[str, Any]]) -> dict[str, Any]:
         if self.world.rank < len(processes):
             return processes[self.world.rank]
-        # A process that was not there draws random numbers that no other one draws.
+        warn(
+            f"the checkpoint knows where {len(processes)} of the {self.world.size} processes stood: the "
+            "others draw random numbers of their own from here on"
+        )
         torch.manual_seed(torch.initial_seed() + self.world.rank + self.position.step)
         return {"feed": processes[0]["feed"], **self._random_state()}
 
@@ -382,29 +359,6 @@ def _copy_all_but(kept: Iterable[tuple[str, Tensor]], state: dict[str, Any]) -> 
     for name, value in state.items():
         if isinstance(value, Tensor) and name not in names:
             state[name] = value.clone()
-
-
-def _tell_changes(
-    part: str, given: list[dict[str, Any]], saved: list[dict[str, Any]], remedy: str
-) -> None:
-    """Warn where a run that goes on keeps to other settings of a ``part`` than the user has now given."""
-    changes = {
-        f"{name} {theirs[name]!r} instead of {value!r}": None
-        for ours, theirs in zip(given, saved, strict=True)
-        for name, value in ours.items()
-        if name in theirs and not _equal(theirs[name], value)
-    }
-    if changes:
-        warn(
-            f"the run goes on with the checkpoint's settings of the {part}: {', '.join(changes)}. "
-            f"Remedy: give those, or {remedy}"
-        )
-
-
-def _equal(one: Any, other: Any) -> bool:
-    if isinstance(one, (tuple, list)) and isinstance(other, (tuple, list)):
-        return len(one) == len(other) and all(map(_equal, one, other))
-    return bool(one == other)
 
 
 def _told(groups: list[list[str]]) -> str:

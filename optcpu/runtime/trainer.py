@@ -16,7 +16,9 @@ from torch.optim import Optimizer
 from optcpu.errors import OptcpuError
 from optcpu.measure.batches import Batch, Loss, default_loss
 from optcpu.runtime.build import (
+    check_epochs,
     check_functions,
+    check_local_steps,
     check_monitors,
     check_optimizer,
     checked_callbacks,
@@ -151,6 +153,7 @@ class Trainer:
         if isinstance(scheduler, (str, Mapping, ScheduleOptions)):
             settings["schedule"], scheduler = scheduler, None
         self.options = read_options(TrainerOptions, settings, "Trainer")
+        check_epochs(train_data, self.options.epochs)
         self.model = model
         self._loss: Loss = default_loss if loss is None else loss
         self._metrics = check_metrics(metrics)
@@ -245,6 +248,9 @@ class Trainer:
                 self._seed()
             else:
                 pending = run.load_state_dict(saved.state)
+                check_local_steps(self.optimizer, options.local_steps)
+        if saved is None and folder is not None:
+            folder.check(run.state_dict(alone=True))
         shown = options.progress if world.first else False
         with (
             contextlib.nullcontext() if folder is None or not world.first else folder.in_use(),
@@ -266,8 +272,10 @@ class Trainer:
             )
             if saved is not None:
                 display.message(f"going on from {saved.path}")
-                if pending is not None:
-                    run.resume_step(pending, loop.draw(), saved.state["processes"][0])
+                if pending is not None and not run.resume_step(
+                    pending, loop.draw(), saved.state["processes"][0]
+                ):
+                    display.message("its step has other micro-batches now and is begun anew")
             if options.on_nan == "rollback":
                 loop.save_first()
             for callback in self._callbacks:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import warnings
+from typing import Any
 
 import pytest
 import torch
@@ -15,6 +16,7 @@ from optcpu.errors import OptcpuError
 from optcpu.optim import SGD, AdamW, Lamb, Lookahead
 from optcpu.optim.base import StoredOptimizer
 from optcpu.optim.weights import StoredWeight
+from optcpu.optimize import compiled_call
 
 pytestmark = pytest.mark.filterwarnings("ignore:this processor has no BF16")
 
@@ -290,6 +292,50 @@ def test_gradient_clipping_and_accumulation() -> None:
         optimizer.step()
         first, last = (loss.item() if step == 0 else first), loss.item()
     assert last < first
+
+
+@pytest.mark.parametrize("weights", ["split", "bf16"])
+def test_other_shapes_within_an_accumulation_are_compiled(weights: Any) -> None:
+    """Dynamo refuses a tensor whose gradient has another dtype, as a weight has by then."""
+    model = network()
+    optimizer = torch.optim.AdamW(model.parameters())
+    optcpu.optimize(
+        model, optimizer, precision="bf16", weights=weights, dynamic=False, fallback=False
+    )
+    call = compiled_call(model)
+    assert call is not None
+    ((x, y),) = batches(1)
+    first, gradients = None, []
+    for size in (64, 24):
+        F.cross_entropy(model(x[:size]), y[:size]).backward()
+        first = model[0].weight.grad if first is None else first
+        assert model[0].weight.grad is first  # added to in place, as it would be
+        gradients.append(first.clone().float())
+        with torch.no_grad():
+            model(x[: size // 2])
+    assert call.record.regions == 4
+    optimizer.zero_grad()
+    F.cross_entropy(model(x[:24]), y[:24]).backward()
+    torch.testing.assert_close(
+        gradients[1] - gradients[0], model[0].weight.grad.float(), rtol=0.1, atol=2e-3
+    )
+
+
+@pytest.mark.skipif(not hasattr(Tensor, "grad_dtype"), reason="gradients have the weight's dtype")
+def test_a_model_that_dynamo_gives_up_is_told() -> None:
+    for fallback in (True, False):
+        model = optcpu.optimize(network(), precision="fp32", fallback=fallback)
+        weight = model[0].weight
+        weight.grad_dtype = None
+        weight.grad = torch.zeros_like(weight, dtype=torch.bfloat16)
+        told = "the model is not compiled: .*dtype mismatch between tensor"
+        if fallback:
+            with pytest.warns(optcpu.FallbackWarning, match=told):
+                model(torch.ones(2, 20)).sum().backward()
+            assert len(compiled_call(model).record.fallbacks) == 1
+        else:
+            with pytest.raises(OptcpuError, match=told):
+                model(torch.ones(2, 20))
 
 
 @pytest.mark.parametrize(

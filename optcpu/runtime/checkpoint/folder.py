@@ -118,6 +118,10 @@ class CheckpointFolder:
             ) from error
         return target
 
+    def check(self, state: dict[str, Any]) -> None:
+        """Raise TypeError if ``state`` holds what a checkpoint cannot; nothing is written."""
+        Contents(state)
+
     @overload
     def load(self, path: None = None) -> Checkpoint | None: ...
 

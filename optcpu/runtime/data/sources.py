@@ -165,6 +165,8 @@ class ReplayedSource(Source):
         return iter(self._batches)
 
     def resume(self, epoch: int, done: int, state: State) -> Iterator[Any]:
+        if done:
+            self._check_alike(state.get("sizes", {}))
         beginning = state["beginning"]
         if epoch and _workers_live_on(self._batches):
             warn(
@@ -188,7 +190,24 @@ class ReplayedSource(Source):
         return iterator
 
     def state_dict(self) -> dict[str, Any]:
-        return {"beginning": self._beginning}
+        return {"beginning": self._beginning, "sizes": self._sizes()}
+
+    def _sizes(self) -> dict[str, int | None]:
+        batch_size = getattr(self._batches, "batch_size", None)
+        return {
+            "batches in an epoch": length_of(self._batches),
+            "batch_size": batch_size if isinstance(batch_size, int) else None,
+        }
+
+    def _check_alike(self, saved: dict[str, int | None]) -> None:
+        """Refuse batches of which others would have been used by now."""
+        for name, now in self._sizes().items():
+            if saved.get(name, now) != now:
+                raise OptcpuError(
+                    f"the checkpoint is in the middle of an epoch over data with {name}={saved[name]}, but "
+                    f"now {name}={now}: which samples are left cannot be told. Remedy: go on with the same "
+                    "data, or start from a checkpoint between epochs"
+                )
 
     def state_between_epochs(self) -> dict[str, Any]:
         generators = _generators(self._batches)

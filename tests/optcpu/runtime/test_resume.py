@@ -308,6 +308,79 @@ def test_a_step_resumed_in_its_middle_and_then_skipped(tmp_path: Path) -> None:
     assert_equal(tensors_of(resumed), tensors_of(whole))
 
 
+def test_other_settings_of_lookahead_are_told(tmp_path: Path) -> None:
+    def trainer(steps: int, k: int, alpha: float) -> Trainer:
+        lookahead = {"k": k, "alpha": alpha}
+        optimizer = {"name": "sgd", "lr": 0.1, "lookahead": lookahead}
+        return small_trainer(checkpoints=tmp_path, steps=steps, lr=None, optimizer=optimizer)
+
+    trainer(2, 5, 0.5).train()
+    with pytest.warns(UserWarning, match=r"k 5 instead of 3, alpha 0\.5 instead of 0\.75"):
+        trainer(3, 3, 0.75).train()
+
+
+@pytest.mark.parametrize("now", [8, 2])
+def test_other_batches_of_an_own_loader_are_refused(tmp_path: Path, now: int) -> None:
+    """Within an epoch: so many of them do not hold the samples that were used."""
+
+    def trainer(batch_size: int, stop_at: int | None, **given: Any) -> Trainer:
+        loader = DataLoader(small_data(32), batch_size=batch_size)
+        folder = {"folder": tmp_path, "every_steps": 1}
+        return small_trainer(data=loader, loss=_StopAt(stop_at), checkpoints=folder, **given)
+
+    trainer(4, 5).train()
+    with pytest.raises(OptcpuError, match=rf"batches in an epoch=8, but now .*={32 // now}: which"):
+        trainer(now, None).train()
+    trainer(4, None).train()
+    trainer(now, None, epochs=3).train()  # between epochs there is nothing to be mistaken
+
+
+@pytest.mark.parametrize("number", range(4))
+def test_an_embedding_with_sparse_gradients(tmp_path: Path, number: int) -> None:
+    """No file holds these; a step with some is begun anew."""
+
+    def trainer(folder: str, stop_at: int | None) -> Trainer:
+        torch.manual_seed(0)
+        model = nn.Sequential(nn.Embedding(9, 4, sparse=True), nn.Flatten(), nn.Linear(8, 3))
+        data = TensorDataset(torch.arange(64).view(32, 2) % 9, torch.arange(32) % 3)
+        optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+        settings = {"optimizer": optimizer, "lr": None, "checkpoints": tmp_path / folder}
+        return small_trainer(model, data, loss=_StopAt(stop_at), **settings)
+
+    whole = trainer("whole", None)
+    whole.train()
+    assert trainer("stopped", number).train().stopped_by == "SIGTERM"
+    resumed = trainer("stopped", None)
+    resumed.train()
+    assert_equal(tensors_of(resumed), tensors_of(whole))
+
+
+def test_an_expanded_buffer(tmp_path: Path) -> None:
+    def trainer(stop_at: int | None) -> Trainer:
+        model = small_model()
+        model.register_buffer("ones", torch.ones(1).expand(4))
+        return small_trainer(model, checkpoints=tmp_path, loss=_StopAt(stop_at))
+
+    trainer(6).train()
+    resumed = trainer(None)
+    assert resumed.train().steps == 4
+
+
+@pytest.mark.parametrize("part", ["buffer", "callback"])
+def test_what_no_checkpoint_holds_is_told_before_the_first_step(tmp_path: Path, part: str) -> None:
+    class Holds(Losses):
+        def state_dict(self) -> dict[str, Any]:
+            return {"seen": {1, 2}}
+
+    model, losses = small_model(), Holds() if part == "callback" else Losses()
+    if part == "buffer":
+        model.register_buffer("graph", torch.eye(3).to_sparse())
+    trainer = small_trainer(model, checkpoints=tmp_path, callbacks=[losses])
+    with pytest.raises(TypeError, match=r"model\.graph is a tensor|callbacks.*seen is a set"):
+        trainer.train()
+    assert losses.losses == []
+
+
 def test_other_settings_of_the_optimizer_are_told(tmp_path: Path) -> None:
     """The checkpoint's are used; the rate that the schedule has reached is not another setting."""
     settings = {"checkpoints": tmp_path, "steps": 2, "schedule": "linear"}
@@ -351,10 +424,29 @@ def test_resume_can_be_demanded_or_forbidden(tmp_path: Path) -> None:
         small_trainer(checkpoints=tmp_path, resume="never").train()
 
 
-def test_other_accumulation_in_the_middle_of_a_step_is_refused(tmp_path: Path) -> None:
-    small_trainer(checkpoints=tmp_path, loss=_StopAt(1)).train()
-    with pytest.raises(OptcpuError, match="in a step of 4 micro-batches, and the data now give 3"):
-        small_trainer(checkpoints=tmp_path, accumulation_steps=3).train()
+@pytest.mark.parametrize("other", [{"accumulation_steps": 3}, {"batch_size": 2}])
+def test_a_step_of_other_micro_batches_is_begun_anew(tmp_path: Path, other: dict[str, int]) -> None:
+    """So that each of its samples counts once, and as much as any other."""
+    seen: list[Tensor] = []
+
+    def noted(output: Any, batch: Any) -> Tensor:
+        if torch.is_grad_enabled():
+            seen.extend(batch[0])
+        return default_loss(output, batch)
+
+    class Stops(_StopAt):
+        def __call__(self, output: Any, batch: Any) -> Tensor:
+            return super().__call__(output, batch) * 1.0
+
+    data = small_data(22)
+    settings: dict[str, Any] = {"data": data, "epochs": 1, "checkpoints": tmp_path}
+    small_trainer(loss=Stops(1), **settings).train()  # two of four micro-batches are used
+    resumed = small_trainer(loss=noted, **settings, **other)
+    result = resumed.train()
+    assert result.samples == len(seen) == 22
+    fresh = small_trainer(data=data, epochs=1, **other)
+    fresh.train()
+    assert_equal(tensors_of(resumed), tensors_of(fresh))
 
 
 @pytest.mark.parametrize("number", [1, 8, 9, 10])

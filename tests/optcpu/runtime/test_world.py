@@ -143,6 +143,22 @@ def test_a_lost_process_ends_the_job_and_the_checkpoint_goes_on_with_one(tmp_pat
 
 
 @pytest.mark.slow
+def test_what_one_process_learnt_alone_is_no_checkpoint(tmp_path: Path) -> None:
+    """Where each makes steps by itself, the regular one has what all have."""
+    given: dict[str, Any] = {
+        "epochs": 3,
+        "batch_size": 4,
+        "accumulation_steps": 1,
+        "local_steps": 2,
+    }
+    runs = {}
+    for name, dies in (("whole", None), ("on", 1), ("on", None)):
+        checkpoints = {"folder": str(tmp_path / name), "every_steps": 2}
+        runs[name], _ = _run(tmp_path, 2, name, dies=dies, checkpoints=checkpoints, **given)
+    assert runs["on"][0]["weights"] == runs["whole"][0]["weights"]
+
+
+@pytest.mark.slow
 def test_an_epoch_ends_for_all_where_one_has_no_data_left(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

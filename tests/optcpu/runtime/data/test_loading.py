@@ -327,8 +327,23 @@ class TestOtherData:
     def test_data_that_became_shorter_are_told(self) -> None:
         feed = Feed([torch.ones(1)] * 5)
         feed.take(4)
-        with pytest.raises(OptcpuError, match=r"behind batch 4 of epoch 0, .* end after 3"):
+        with pytest.raises(
+            OptcpuError, match=r"batches in an epoch=5, but now .*=3: which samples"
+        ):
             Feed([torch.ones(1)] * 3).load_state_dict(feed.state_dict())
+
+    def test_a_stream_that_became_shorter_is_told(self) -> None:
+        class Batches:
+            def __init__(self, count: int) -> None:
+                self._count = count
+
+            def __iter__(self) -> Iterator[Tensor]:
+                return iter([torch.ones(1)] * self._count)
+
+        feed = Feed(Batches(5))
+        feed.take(4)
+        with pytest.raises(OptcpuError, match=r"behind batch 4 of epoch 0, .* end after 3"):
+            Feed(Batches(3)).load_state_dict(feed.state_dict())
 
     def test_what_can_be_gone_through_once_has_one_epoch(self) -> None:
         feed = Feed(iter([torch.ones(1)] * 3))

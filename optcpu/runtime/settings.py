@@ -1,0 +1,92 @@
+"""What is set for optimizer and scheduler: a run that goes on keeps to the checkpoint's, and says so."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+from torch.optim import Optimizer
+from torch.optim.lr_scheduler import LRScheduler
+
+from optcpu.errors import warn
+from optcpu.optim.lookahead import Lookahead
+from optcpu.runtime.schedule import Schedule
+
+_MOVED_BY_OURS = {"params", "lr", "initial_lr"}
+_MOVED_BY_OTHERS = {"params", "lr", "max_lr", "min_lr"}  # and by OneCycleLR and CyclicLR:
+_MOVED_BY_OTHERS |= {"betas", "momentum", "max_momentum", "base_momentum"}
+# What a scheduler of PyTorch counts or follows, in its own state.
+_MOVED_IN_SCHEDULER = {"last_epoch", "base_lrs", "best", "num_bad_epochs", "cooldown_counter"}
+_MOVED_IN_SCHEDULER |= {"T_cur", "T_i"}
+
+
+@dataclass(frozen=True)
+class Settings:
+    """What a user has set, as far as plain values tell, without what training moves.
+
+    Attributes:
+        groups: of each group of the optimizer's parameters. The trainer's own schedule follows a new
+            learning rate at once.
+        schedule: of the scheduler; the trainer's own follows new ones.
+    """
+
+    groups: list[dict[str, Any]]
+    schedule: dict[str, Any]
+
+    @classmethod
+    def of(cls, optimizer: Optimizer, scheduler: LRScheduler) -> Settings:
+        """What is set now."""
+        return cls(_groups(optimizer, scheduler), _schedule(scheduler))
+
+    def tell_changes(self, saved: Settings) -> None:
+        """Warn where a run keeps to ``saved``, and the user has given these."""
+        remedy = "change optimizer.param_groups in a callback's on_train_begin"
+        _tell_changes("optimizer", self.groups, saved.groups, remedy)
+        remedy = "take another folder for checkpoints"
+        _tell_changes("scheduler", [self.schedule], [saved.schedule], remedy)
+
+
+def _groups(optimizer: Optimizer, scheduler: LRScheduler) -> list[dict[str, Any]]:
+    moved = _MOVED_BY_OURS if isinstance(scheduler, Schedule) else _MOVED_BY_OTHERS
+    around: dict[str, Any] = {}
+    if isinstance(optimizer, Lookahead):
+        around = {name: getattr(optimizer, name) for name in ("k", "alpha", "pullback")}
+    return [
+        {name: value for name, value in group.items() if name not in moved} | around
+        for group in optimizer.param_groups
+    ]
+
+
+def _schedule(scheduler: LRScheduler) -> dict[str, Any]:
+    if isinstance(scheduler, Schedule):
+        return {}
+    return {
+        name: setting
+        for name, setting in scheduler.state_dict().items()
+        if not name.startswith("_")
+        and name not in _MOVED_IN_SCHEDULER
+        and isinstance(setting, (bool, int, float, str, list, tuple))
+    }
+
+
+def _tell_changes(
+    part: str, given: list[dict[str, Any]], saved: list[dict[str, Any]], remedy: str
+) -> None:
+    """Warn where a run that goes on keeps to other settings of a ``part`` than the user has now given."""
+    changes = {
+        f"{name} {theirs[name]!r} instead of {value!r}": None
+        for ours, theirs in zip(given, saved, strict=True)
+        for name, value in ours.items()
+        if name in theirs and not _equal(theirs[name], value)
+    }
+    if changes:
+        warn(
+            f"the run goes on with the checkpoint's settings of the {part}: {', '.join(changes)}. "
+            f"Remedy: give those, or {remedy}"
+        )
+
+
+def _equal(one: Any, other: Any) -> bool:
+    if isinstance(one, (tuple, list)) and isinstance(other, (tuple, list)):
+        return len(one) == len(other) and all(map(_equal, one, other))
+    return bool(one == other)
