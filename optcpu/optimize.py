@@ -248,7 +248,7 @@ class CompiledCall:
         Needed when weights are stored in another way, which Dynamo's guards in PyTorch 2.8 overlook.
         """
         self._stored: list[StoredWeight] | None = None  # looked for with the first call
-        self._breaks = _graph_breaks().total()
+        self._breaks = _graph_breaks()
         self._compiled: Callable[..., Any] = torch.compile(
             _own_frame(self._eager), backend=self.backend, dynamic=self.settings.dynamic
         )
@@ -301,15 +301,16 @@ class CompiledCall:
 
         As it does with what calls a recurrent layer, which is known.
         """
-        breaks = _graph_breaks()
-        before, self._breaks = self._breaks, breaks.total()
+        before, self._breaks = self._breaks, _graph_breaks()
+        reasons = list(self._breaks - before)
         has_parameters = next(self._model.parameters(), None) is not None
-        if self._breaks > before and has_parameters and not has_recurrent_layers(self._model):
-            self.backend.fell_back("the model", RuntimeError(list(breaks)[-1]))
+        if reasons and has_parameters and not has_recurrent_layers(self._model):
+            self.backend.fell_back("the model", RuntimeError(reasons[0]))
 
 
 def _graph_breaks() -> Counter[str]:
-    return torch._dynamo.utils.counters["graph_break"]
+    """How often Dynamo gave something up in this process, by reason."""
+    return Counter(torch._dynamo.utils.counters["graph_break"])
 
 
 def _own_frame(function: Callable[..., Any]) -> Callable[..., Any]:

@@ -135,9 +135,8 @@ class Run:
             mine = self.data_state() if pending is None else pending.before
             return self._state(mine, alone=alone) | {"pending": None}
         gradients = gradients_by_name(trained_parameters(self.model, self.loss))
-        is_begun_anew = any(
-            gradient.is_sparse for gradient in gradients.values()
-        )  # no file holds them
+        # No file holds sparse gradients.
+        is_begun_anew = any(gradient.is_sparse for gradient in gradients.values())
         # Weights and buffers of one moment, to be rolled back to or taken as the best.
         with self.buffers.put_back_meanwhile() as now:
             mine = pending.before if is_begun_anew else self.data_state()
@@ -328,7 +327,7 @@ class Run:
             Whether it is gone on with.
         """
         self.pending = step
-        if step is None or step.sizes != pending["sizes"]:
+        if step is None or step.sizes != pending.get("sizes"):
             return False
         step.done, step.loss = pending["done"], pending["loss"]
         restore_gradients(trained_parameters(self.model, self.loss), pending["gradients"])
