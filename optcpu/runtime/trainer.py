@@ -249,8 +249,6 @@ class Trainer:
             else:
                 pending = run.load_state_dict(saved.state)
                 check_local_steps(self.optimizer, options.local_steps)
-        if saved is None and folder is not None:
-            folder.check(run.state_dict(alone=True))
         shown = options.progress if world.first else False
         with (
             contextlib.nullcontext() if folder is None or not world.first else folder.in_use(),
@@ -280,6 +278,8 @@ class Trainer:
                 loop.save_first()
             for callback in self._callbacks:
                 callback.on_train_begin(self)
+            if saved is None and folder is not None:
+                folder.check(run.state_dict(alone=True))
             self._begun = True
             stopped_by = loop.go()
         self._run = run

@@ -161,12 +161,11 @@ class ReplayedSource(Source):
 
     def start(self, epoch: int) -> Iterator[Any]:
         _set_epoch(self._batches, epoch)
-        self._beginning = {"rng": rng_state(), **self.state_between_epochs()}
+        sizes = self._sizes()  # those of this epoch
+        self._beginning = {"rng": rng_state(), **self.state_between_epochs(), "sizes": sizes}
         return iter(self._batches)
 
     def resume(self, epoch: int, done: int, state: State) -> Iterator[Any]:
-        if done:
-            self._check_alike(state.get("sizes", {}))
         beginning = state["beginning"]
         if epoch and _workers_live_on(self._batches):
             warn(
@@ -176,6 +175,8 @@ class ReplayedSource(Source):
             )
         _set_epoch(self._batches, epoch)
         self.go_between_epochs(beginning)
+        if done:
+            self._check_alike(beginning.get("sizes", {}))
         set_rng_state(beginning["rng"])
         self._beginning = beginning
         if done:
@@ -190,7 +191,7 @@ class ReplayedSource(Source):
         return iterator
 
     def state_dict(self) -> dict[str, Any]:
-        return {"beginning": self._beginning, "sizes": self._sizes()}
+        return {"beginning": self._beginning}
 
     def _sizes(self) -> dict[str, int | None]:
         batch_size = getattr(self._batches, "batch_size", None)

@@ -335,6 +335,30 @@ def test_other_batches_of_an_own_loader_are_refused(tmp_path: Path, now: int) ->
     trainer(now, None, epochs=3).train()  # between epochs there is nothing to be mistaken
 
 
+def test_epochs_of_an_own_loader_may_differ_in_length(tmp_path: Path) -> None:
+    class Growing:
+        epoch = 0
+
+        def set_epoch(self, epoch: int) -> None:
+            self.epoch = epoch
+
+        def __len__(self) -> int:
+            return 4 + self.epoch
+
+        def __iter__(self) -> Any:
+            return iter([torch.utils.data.default_collate(list(small_data(4)))] * len(self))
+
+    def trainer(folder: str, stop_at: int | None) -> Trainer:
+        return small_trainer(data=Growing(), checkpoints=tmp_path / folder, loss=_StopAt(stop_at))
+
+    whole = trainer("whole", None)
+    whole.train()
+    assert trainer("stopped", 6).train().stopped_by == "SIGTERM"  # in the second epoch
+    resumed = trainer("stopped", None)
+    resumed.train()
+    assert_equal(tensors_of(resumed), tensors_of(whole))
+
+
 @pytest.mark.parametrize("number", range(4))
 def test_an_embedding_with_sparse_gradients(tmp_path: Path, number: int) -> None:
     """No file holds these; a step with some is begun anew."""
@@ -369,8 +393,11 @@ def test_an_expanded_buffer(tmp_path: Path) -> None:
 @pytest.mark.parametrize("part", ["buffer", "callback"])
 def test_what_no_checkpoint_holds_is_told_before_the_first_step(tmp_path: Path, part: str) -> None:
     class Holds(Losses):
+        def on_train_begin(self, trainer: Any) -> None:
+            self.seen = {1, 2}
+
         def state_dict(self) -> dict[str, Any]:
-            return {"seen": {1, 2}}
+            return {"seen": self.seen}
 
     model, losses = small_model(), Holds() if part == "callback" else Losses()
     if part == "buffer":
@@ -434,13 +461,9 @@ def test_a_step_of_other_micro_batches_is_begun_anew(tmp_path: Path, other: dict
             seen.extend(batch[0])
         return default_loss(output, batch)
 
-    class Stops(_StopAt):
-        def __call__(self, output: Any, batch: Any) -> Tensor:
-            return super().__call__(output, batch) * 1.0
-
     data = small_data(22)
     settings: dict[str, Any] = {"data": data, "epochs": 1, "checkpoints": tmp_path}
-    small_trainer(loss=Stops(1), **settings).train()  # two of four micro-batches are used
+    small_trainer(loss=_StopAt(1), **settings).train()  # two of four micro-batches are used
     resumed = small_trainer(loss=noted, **settings, **other)
     result = resumed.train()
     assert result.samples == len(seen) == 22
