@@ -16,7 +16,7 @@ from pathlib import Path
 
 import torch
 
-from passes.gemm import cache_file
+from passes import cache
 
 _BASE_FLAGS = ("-std=c++20", "-O3", "-march=native", "-fopenmp", "-fPIC", "-shared")
 # Loops with square roots and divisions are vectorised only with these, which change no result, and in
@@ -38,10 +38,11 @@ def load(source: Path) -> ctypes.CDLL | None:
 
 def _built(source: Path, compiler: str) -> Path:
     """The shared library made from ``source``, from the cache or newly compiled."""
-    machine = cache_file().stem
     version = _run(compiler, "--version")
-    key = hashlib.sha256(source.read_bytes() + version + machine.encode() + repr(_FLAGS).encode())
-    target = cache_file().parent / f"{source.stem}-{key.hexdigest()[:16]}.so"
+    key = hashlib.sha256(
+        source.read_bytes() + version + cache.machine().encode() + repr(_FLAGS).encode()
+    )
+    target = cache.folder() / f"{source.stem}-{key.hexdigest()[:16]}.so"
     if target.exists():
         return target
     root = Path(torch.__file__).parent

@@ -2,7 +2,8 @@
 
 PyTorch on CPU carries two GEMM libraries: MKL (``aten.mm`` in FP32) and oneDNN
 (``mkldnn._linear_pointwise``, and ``aten.mm`` in BF16), and oneDNN is faster still on a weight that was
-reordered into its blocked layout first. Which one wins depends on the processor, the shape, the dtype
+reordered into its blocked layout first. For the gradient of a weight there is a kernel of this library's
+own (:mod:`passes.native`). Which one wins depends on the processor, the shape, the dtype
 and the number of threads; so the first product of every kind is measured and the choice remembered,
 in the process and in a file that later processes read.
 """
@@ -21,6 +22,8 @@ from typing import TypeAlias
 
 import torch
 from torch import Tensor
+
+from passes import cache, native
 
 # What oneDNN applies to the product before it is stored: (activation, its scalars, its algorithm).
 PostOp: TypeAlias = tuple[str, list[float], str]
@@ -56,6 +59,12 @@ def _onednn_packed(a: Tensor, b: Tensor) -> Tensor:
     return result
 
 
+def _own(a: Tensor, b: Tensor) -> Tensor:
+    if _order(a) + _order(b) != "tn":
+        raise RuntimeError("the library's own kernel multiplies transposed rows by rows only")
+    return native.weight_gradient(a.t(), b, a.dtype)
+
+
 def packed_for(x: Tensor, weight: Tensor) -> Tensor:
     """``weight``, shape (N, K), in oneDNN's blocked layout for ``x @ weight.T``."""
     packed: Tensor = torch.ops.mkldnn._reorder_linear_weight(weight, x.shape[0])
@@ -76,7 +85,10 @@ def kernels(dtype: torch.dtype) -> dict[str, Kernel]:
     # Without AVX512 oneDNN has no fused linear operator in BF16.
     if dtype == torch.bfloat16 and not torch.ops.mkldnn._is_mkldnn_bf16_supported():
         return {"aten": _aten}
-    return {"aten": _aten, "onednn": _onednn, "onednn-packed": _onednn_packed}
+    found: dict[str, Kernel] = {"aten": _aten, "onednn": _onednn, "onednn-packed": _onednn_packed}
+    if dtype == torch.bfloat16 and native.weight_gradient_available():
+        found["own"] = _own
+    return found
 
 
 def matmul(a: Tensor, b: Tensor) -> Tensor:
@@ -275,24 +287,7 @@ def _adopted() -> dict[str, str]:
 
 def cache_file() -> Path:
     """Where choices are remembered: one file for each machine type and version of PyTorch."""
-    home = os.environ.get("XDG_CACHE_HOME") or os.path.join(Path.home(), ".cache")
-    machine = f"{torch.backends.cpu.get_cpu_capability()}-{_processor()}-{torch.__version__}"
-    isa = os.environ.get("ONEDNN_MAX_CPU_ISA", "")
-    name = "".join(c if c.isalnum() or c in ".+-" else "_" for c in f"gemm2-{machine}-{isa}")
-    return Path(home) / "optcpu" / f"{name}.json"
-
-
-@functools.cache
-def _processor() -> str:
-    try:
-        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
-    except OSError:
-        return "unknown"
-    wanted = ("vendor_id", "cpu family", "model", "stepping", "CPU part")
-    found = {
-        line.split(":")[0].strip(): line.split(":")[1].strip() for line in lines if ":" in line
-    }
-    return "-".join(found[name] for name in wanted if name in found)
+    return cache.folder() / f"gemm3-{cache.machine()}.json"
 
 
 @functools.cache

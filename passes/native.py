@@ -20,15 +20,18 @@ def weight_gradient_available() -> bool:
     return _weight_gradient_library() is not None
 
 
-def weight_gradient(gradient: Tensor, x: Tensor) -> Tensor:
-    """``gradient.T @ x`` in FP32 from BF16 operands, rounded nowhere.
+def weight_gradient(gradient: Tensor, x: Tensor, dtype: torch.dtype = torch.float32) -> Tensor:
+    """``gradient.T @ x`` from BF16 operands, summed in FP32 and rounded once, or not.
+
+    The bits do not depend on the number of threads.
 
     Args:
         gradient: shape (M, N), BF16.
         x: shape (M, K), BF16.
+        dtype: of the result: BF16 or FP32.
 
     Returns:
-        Shape (N, K), FP32.
+        Shape (N, K), ``dtype``.
 
     Raises:
         RuntimeError: the kernel is not available.
@@ -38,17 +41,25 @@ def weight_gradient(gradient: Tensor, x: Tensor) -> Tensor:
         raise RuntimeError("the weight gradient kernel could not be built on this machine")
     gradient, x = gradient.contiguous(), x.contiguous()
     (batch, out), width = gradient.shape, x.shape[1]
-    padded = batch + batch % 2
-    tile = library.tile_columns()
-    transposed = gradient.new_empty(out * padded)
-    panels = x.new_empty(-(-width // tile) * tile * padded)
-    result = torch.empty(out, width, dtype=torch.float32, device="cpu")
-    library.weight_gradient(
+    gradient_panels = _panels(gradient, library.rows_of_tile())
+    x_panels = _panels(x, library.columns_of_tile())
+    result = torch.empty(out, width, dtype=dtype, device="cpu")
+    kernels = {
+        torch.bfloat16: library.weight_gradient_bf16,
+        torch.float32: library.weight_gradient_fp32,
+    }
+    kernels[dtype](
         *(ctypes.c_void_p(t.data_ptr()) for t in (gradient, x, result)),
         *(ctypes.c_int64(size) for size in (batch, out, width)),
-        *(ctypes.c_void_p(t.data_ptr()) for t in (transposed, panels)),
+        *(ctypes.c_void_p(t.data_ptr()) for t in (gradient_panels, x_panels)),
     )
     return result
+
+
+def _panels(matrix: Tensor, width: int) -> Tensor:
+    """Memory for ``matrix`` with an even number of rows, and whole panels of ``width`` columns."""
+    rows, columns = matrix.shape
+    return matrix.new_empty((rows + rows % 2) * -(-columns // width) * width)
 
 
 @functools.cache
@@ -58,6 +69,6 @@ def _weight_gradient_library() -> ctypes.CDLL | None:
         return None
     library = load(Path(__file__).parent / "kernels" / "weight_gradient.cpp")
     if library is not None:
-        library.tile_columns.restype = ctypes.c_int64
-        library.weight_gradient.restype = None
+        library.rows_of_tile.restype = library.columns_of_tile.restype = ctypes.c_int64
+        library.weight_gradient_bf16.restype = library.weight_gradient_fp32.restype = None
     return library

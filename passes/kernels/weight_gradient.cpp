@@ -1,93 +1,188 @@
-// The weight gradient of a linear layer: BF16 operands, FP32 result written once.
+// The weight gradient of a linear layer from BF16 operands, accumulated in FP32 and rounded once, or not.
 //
-// PyTorch's BF16 product rounds the result to BF16, and a second pass over it widens it again: 8 bytes of
-// traffic for each weight. Here each tile is accumulated in FP32 by oneDNN's brgemm and stored where it
-// belongs: 4 bytes, and no rounding.
+// What batch rows 2p and 2p + 1 hold of a column is one pair of 32 bits, which a dot-product instruction
+// multiplies and adds at once. Both operands are brought into panels of such pairs; then no other number
+// is read twice from beyond the caches, and the result, far larger than either, is written once, past them.
 
 #include <ATen/Parallel.h>
-#include <ATen/native/CPUBlas.h>
 #include <c10/util/BFloat16.h>
+#include <immintrin.h>
 
 #include <algorithm>
 #include <cstdint>
 
 using bf16 = c10::BFloat16;
-using at::native::cpublas::brgemm;
-using at::native::cpublas::brgemm_release;
+using pair = uint32_t;
 
 namespace {
 
-constexpr int64_t kTileRows = 128;     // of the result; the tile of 128 KiB stays in L2
-constexpr int64_t kTileColumns = 256;
-constexpr int64_t kDepth = 512;        // batch rows multiplied before the tile is visited again
-constexpr int64_t kTransposeBlock = 32;
+// A tile of the result lies in registers while it is summed: 24 of 32 registers.
+constexpr int kRows = 6;
+constexpr int kVectors = 4;
+constexpr int kLanes = 16;
+constexpr int kColumns = kVectors * kLanes;
+
+constexpr int64_t kDepth = 512;      // pairs that are summed before the next tile: a panel of 128 KiB
+constexpr int64_t kTilesDown = 16;   // tiles that share a panel of x while it lies in the caches
+constexpr int64_t kTilesAcross = 4;
+constexpr int64_t kStreamed = 4 << 20;  // bytes; a smaller result may be read from the caches
+
+using Tile = __m512[kRows][kVectors];
 
 int64_t blocks(int64_t length, int64_t block) { return (length + block - 1) / block; }
 
-// transposed[n][m] = gradient[m][n]; rows beyond the batch are zero.
-void transpose(const bf16* gradient, bf16* transposed, int64_t batch, int64_t padded, int64_t out) {
-  at::parallel_for(0, blocks(out, kTransposeBlock), 1, [&](int64_t begin, int64_t end) {
-    for (int64_t block = begin; block < end; block++) {
-      const int64_t first = block * kTransposeBlock;
-      const int64_t last = std::min(out, first + kTransposeBlock);
-      for (int64_t m0 = 0; m0 < batch; m0 += kTransposeBlock) {
-        const int64_t m1 = std::min(batch, m0 + kTransposeBlock);
-        for (int64_t n = first; n < last; n++)
-          for (int64_t m = m0; m < m1; m++) transposed[n * padded + m] = gradient[m * out + n];
-      }
-      for (int64_t n = first; n < last; n++)
-        std::fill(transposed + n * padded + batch, transposed + (n + 1) * padded, bf16(0));
-    }
-  });
+__mmask16 lanes(int64_t count) {
+  return static_cast<__mmask16>((1u << std::clamp<int64_t>(count, 0, kLanes)) - 1);
 }
 
-// One panel for each kTileColumns columns of x, in the pairwise layout that BF16 dot products read:
-// panel[m / 2][k][m % 2] = x[m][k].
-void pack(const bf16* x, bf16* panels, int64_t batch, int64_t padded, int64_t in) {
-  at::parallel_for(0, blocks(in, kTileColumns), 1, [&](int64_t begin, int64_t end) {
-    for (int64_t block = begin; block < end; block++) {
-      const int64_t first = block * kTileColumns;
-      const int64_t width = std::min(kTileColumns, in - first);
-      bf16* panel = panels + block * kTileColumns * padded;
-      for (int64_t m = 0; m < padded; m += 2) {
-        const bf16* even = x + m * in + first;
-        const bool has_odd = m + 1 < batch;
-        const bf16* odd = has_odd ? even + in : even;
-        bf16* pairs = panel + m * kTileColumns;
-        for (int64_t k = 0; k < width; k++) {
-          pairs[2 * k] = even[k];
-          pairs[2 * k + 1] = has_odd ? odd[k] : bf16(0);
+// panels[column / width][p][column % width] = (source[2p][column], source[2p + 1][column]); what lies
+// beyond the source is zero.
+void pair_rows(const bf16* source, int64_t rows, int64_t columns, int64_t width, pair* panels) {
+  const int64_t pairs = blocks(rows, 2);
+  at::parallel_for(0, blocks(columns, width), 1, [&](int64_t begin, int64_t end) {
+    for (int64_t panel = begin; panel < end; panel++) {
+      pair* target = panels + panel * pairs * width;
+      for (int64_t p = 0; p < pairs; p++, target += width) {
+        const bf16* even = source + 2 * p * columns;
+        const bf16* odd = even + columns;
+        for (int64_t lane = 0; lane < width; lane += kLanes) {
+          const int64_t column = panel * width + lane;
+          const __mmask16 present = lanes(columns - column);
+          const __mmask16 paired = 2 * p + 1 < rows ? present : 0;
+          const __m512i low =
+              _mm512_cvtepu16_epi32(_mm256_maskz_loadu_epi16(present, even + column));
+          const __m512i high =
+              _mm512_cvtepu16_epi32(_mm256_maskz_loadu_epi16(paired, odd + column));
+          _mm512_mask_storeu_epi32(target + lane, lanes(width - lane),
+                                   _mm512_or_si512(low, _mm512_slli_epi32(high, 16)));
         }
       }
     }
   });
+}
+
+// tile += gradient^T x, over `pairs` pairs of rows of one panel of each.
+inline __attribute__((always_inline)) void multiply(const pair* gradient, const pair* x,
+                                                    int64_t pairs, Tile& tile) {
+  for (int64_t p = 0; p < pairs; p++, gradient += kRows, x += kColumns) {
+    __m512i columns[kVectors];
+#pragma GCC unroll 4
+    for (int v = 0; v < kVectors; v++) columns[v] = _mm512_loadu_si512(x + v * kLanes);
+#pragma GCC unroll 6
+    for (int r = 0; r < kRows; r++) {
+      const __m512i row = _mm512_set1_epi32(static_cast<int>(gradient[r]));
+#pragma GCC unroll 4
+      for (int v = 0; v < kVectors; v++)
+        tile[r][v] = _mm512_dpbf16_ps(tile[r][v], (__m512bh)row, (__m512bh)columns[v]);
+    }
+  }
+}
+
+void store(__m512 numbers, __mmask16 present, bool streamed, float* target) {
+  if (streamed)
+    _mm512_stream_ps(target, numbers);
+  else
+    _mm512_mask_storeu_ps(target, present, numbers);
+}
+
+void store(__m512 numbers, __mmask16 present, bool streamed, bf16* target) {
+  const __m256i rounded = (__m256i)_mm512_cvtneps_pbh(numbers);
+  if (streamed)
+    _mm256_stream_si256(reinterpret_cast<__m256i*>(target), rounded);
+  else
+    _mm256_mask_storeu_epi16(target, present, rounded);
+}
+
+// The panels of both operands, and where their product goes.
+template <typename Number>
+struct Product {
+  const pair* gradient;
+  const pair* x;
+  Number* result;
+  int64_t pairs, out, in;
+  bool streamed;
+
+  // Tiles (down, across) for all in [down, down_end) x [across, across_end), summed over all pairs.
+  void tiles(int64_t down, int64_t down_end, int64_t across, int64_t across_end,
+             __m512* sums) const {
+    for (int64_t first = 0; first < pairs; first += kDepth) {
+      __m512* sum = sums;
+      for (int64_t j = across; j < across_end; j++)
+        for (int64_t i = down; i < down_end; i++, sum += kRows * kVectors)
+          tile(i, j, first, sum);
+    }
+  }
+
+  void tile(int64_t i, int64_t j, int64_t first, __m512* sum) const {
+    Tile numbers;
+#pragma GCC unroll 6
+    for (int r = 0; r < kRows; r++)
+#pragma GCC unroll 4
+      for (int v = 0; v < kVectors; v++)
+        numbers[r][v] = first > 0 ? sum[r * kVectors + v] : _mm512_setzero_ps();
+    multiply(gradient + (i * pairs + first) * kRows, x + (j * pairs + first) * kColumns,
+             std::min(kDepth, pairs - first), numbers);
+    if (first + kDepth < pairs) {
+#pragma GCC unroll 6
+      for (int r = 0; r < kRows; r++)
+#pragma GCC unroll 4
+        for (int v = 0; v < kVectors; v++) sum[r * kVectors + v] = numbers[r][v];
+      return;
+    }
+    const bool whole = (j + 1) * kColumns <= in;
+#pragma GCC unroll 6
+    for (int r = 0; r < kRows; r++) {
+      const int64_t row = i * kRows + r;
+      if (row >= out) continue;
+#pragma GCC unroll 4
+      for (int v = 0; v < kVectors; v++) {
+        const int64_t column = j * kColumns + v * kLanes;
+        store(numbers[r][v], lanes(in - column), streamed && whole, result + row * in + column);
+      }
+    }
+  }
+
+  void multiply_all() const {
+    const int64_t tiles_down = blocks(out, kRows), tiles_across = blocks(in, kColumns);
+    at::parallel_for(0, tiles_down, 1, [&](int64_t begin, int64_t end) {
+      static thread_local __m512 sums[kTilesDown * kTilesAcross * kRows * kVectors];
+      for (int64_t across = 0; across < tiles_across; across += kTilesAcross)
+        for (int64_t down = begin; down < end; down += kTilesDown)
+          tiles(down, std::min(end, down + kTilesDown), across,
+                std::min(tiles_across, across + kTilesAcross), sums);
+      _mm_sfence();  // who reads the result next sees what was streamed
+    });
+  }
+};
+
+template <typename Number>
+void weight_gradient(const bf16* gradient, const bf16* x, Number* result, int64_t batch,
+                     int64_t out, int64_t in, pair* gradient_panels, pair* x_panels) {
+  pair_rows(gradient, batch, out, kRows, gradient_panels);
+  pair_rows(x, batch, in, kColumns, x_panels);
+  constexpr int64_t size = sizeof(Number);
+  const bool aligned = reinterpret_cast<uintptr_t>(result) % 64 == 0 && in * size % 64 == 0;
+  Product<Number>{gradient_panels, x_panels,           result,
+                  blocks(batch, 2), out, in, aligned && out * in * size >= kStreamed}
+      .multiply_all();
 }
 
 }  // namespace
 
 // result[out][in] = gradient^T x, for gradient[batch][out] and x[batch][in], all row-major.
-// The workspaces hold out * padded and blocks(in) * kTileColumns * padded elements, where padded is the
-// batch rounded up to an even number.
-extern "C" void weight_gradient(const bf16* gradient, const bf16* x, float* result, int64_t batch,
-                                int64_t out, int64_t in, bf16* transposed, bf16* panels) {
-  const int64_t padded = 2 * blocks(batch, 2);
-  transpose(gradient, transposed, batch, padded, out);
-  pack(x, panels, batch, padded, in);
-  at::parallel_for(0, blocks(out, kTileRows), 1, [&](int64_t begin, int64_t end) {
-    for (int64_t row = begin * kTileRows; row < std::min(out, end * kTileRows); row += kTileRows) {
-      const int64_t rows = std::min(kTileRows, out - row);
-      for (int64_t column = 0; column < in; column += kTileColumns) {
-        const int64_t columns = std::min(kTileColumns, in - column);
-        const bf16* panel = panels + column * padded;
-        for (int64_t m = 0; m < padded; m += kDepth) {
-          brgemm(rows, columns, std::min(kDepth, padded - m), padded, kTileColumns, in, m > 0,
-                 transposed + row * padded + m, panel + m * kTileColumns,
-                 result + row * in + column, /*is_vnni=*/true);
-        }
-      }
-    }
-    brgemm_release(/*is_vnni=*/true);
-  });
+// The panels hold, in pairs, half the batch times the columns, each rounded up: the batch to an even number,
+// the columns to rows_of_tile() and columns_of_tile().
+extern "C" void weight_gradient_bf16(const bf16* gradient, const bf16* x, bf16* result,
+                                     int64_t batch, int64_t out, int64_t in,
+                                     pair* gradient_panels, pair* x_panels) {
+  weight_gradient(gradient, x, result, batch, out, in, gradient_panels, x_panels);
 }
 
-extern "C" int64_t tile_columns() { return kTileColumns; }
+extern "C" void weight_gradient_fp32(const bf16* gradient, const bf16* x, float* result,
+                                     int64_t batch, int64_t out, int64_t in,
+                                     pair* gradient_panels, pair* x_panels) {
+  weight_gradient(gradient, x, result, batch, out, in, gradient_panels, x_panels);
+}
+
+extern "C" int64_t rows_of_tile() { return kRows; }
+extern "C" int64_t columns_of_tile() { return kColumns; }

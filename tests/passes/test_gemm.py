@@ -44,7 +44,11 @@ def test_every_kernel_computes_the_product(
     a, b = oriented(m, k, dtype, transposed[0]), oriented(k, n, dtype, transposed[1])
     expected = a.double() @ b.double()
     tolerance = (2e-2 if dtype == torch.bfloat16 else 1e-5) * k**0.5
-    for kernel in gemm.kernels(dtype).values():
+    for name, kernel in gemm.kernels(dtype).items():
+        if name == "own" and (gemm._order(a), gemm._order(b)) != ("t", "n"):
+            with pytest.raises(RuntimeError, match="transposed rows by rows"):
+                kernel(a, b)
+            continue
         result = kernel(a, b)
         assert result.dtype == dtype
         torch.testing.assert_close(result.double(), expected, rtol=1e-2, atol=tolerance)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -30,7 +31,7 @@ needs_kernel = pytest.mark.skipif(
 @needs_kernel
 @settings(max_examples=60)
 @given(
-    batch=st.integers(1, 1100),
+    batch=st.integers(1, 2500),
     out=st.integers(1, 300),
     width=st.integers(1, 600),
     transposed=st.booleans(),
@@ -45,7 +46,42 @@ def test_products_are_exact_to_fp32(batch: int, out: int, width: int, transposed
     result = native.weight_gradient(gradient, x)
     expected = gradient.double().t() @ x.double()
     assert result.dtype == torch.float32
-    assert (result - expected).norm() <= 1e-6 * expected.norm() + 1e-12
+    magnitude = gradient.double().abs().t() @ x.double().abs()
+    assert (result - expected).norm() <= 1e-6 * magnitude.norm() + 1e-12
+    rounded = native.weight_gradient(gradient, x, torch.bfloat16)
+    assert torch.equal(rounded, result.bfloat16())
+
+
+@needs_kernel
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+@pytest.mark.parametrize("width", [2048, 2080, 2090])  # in whole tiles, whole cache lines, neither
+def test_a_result_larger_than_the_caches_is_complete(width: int, dtype: torch.dtype) -> None:
+    gradient, x = torch.randn(3, 1100).bfloat16(), torch.randn(3, width).bfloat16()
+    result = native.weight_gradient(gradient, x, dtype)
+    expected = gradient.float().t() @ x.float()
+    torch.testing.assert_close(result.float(), expected, rtol=2**-8, atol=1e-6)
+
+
+@needs_kernel
+def test_the_number_of_threads_changes_no_bit() -> None:
+    gradient, x = torch.randn(700, 130).bfloat16(), torch.randn(700, 90).bfloat16()
+    expected = native.weight_gradient(gradient, x)
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        assert torch.equal(native.weight_gradient(gradient, x), expected)
+    finally:
+        torch.set_num_threads(threads)
+
+
+@needs_kernel
+@pytest.mark.parametrize("special", [math.inf, -math.inf, math.nan])
+def test_what_is_not_finite_reaches_its_row_and_column_alone(special: float) -> None:
+    gradient, x = torch.ones(5, 70).bfloat16(), torch.ones(5, 9).bfloat16()
+    gradient[4, 69] = special
+    result = native.weight_gradient(gradient, x)
+    assert torch.equal(result[:69], torch.full((69, 9), 5.0))
+    torch.testing.assert_close(result[69], torch.full((9,), special), equal_nan=True)
 
 
 @needs_kernel
