@@ -1,7 +1,7 @@
 """C++ kernels, built on first use.
 
-A kernel is one ``.cpp`` file with a C interface. It is compiled once for each machine type, compiler and
-version of PyTorch, in a few seconds, and kept in the user's cache directory.
+A kernel is one ``.cpp`` file with a C interface, and the headers beside it. It is compiled once for each
+machine type, compiler and version of PyTorch, in a few seconds, and kept in the user's cache directory.
 """
 
 from __future__ import annotations
@@ -39,9 +39,9 @@ def load(source: Path) -> ctypes.CDLL | None:
 def _built(source: Path, compiler: str) -> Path:
     """The shared library made from ``source``, from the cache or newly compiled."""
     version = _run(compiler, "--version")
-    key = hashlib.sha256(
-        source.read_bytes() + version + cache.machine().encode() + repr(_FLAGS).encode()
-    )
+    files = [source, *sorted(source.parent.glob("*.h"))]
+    settings = [version, cache.machine().encode(), repr(_FLAGS).encode()]
+    key = hashlib.sha256(b"\0".join([file.read_bytes() for file in files] + settings))
     target = cache.folder() / f"{source.stem}-{key.hexdigest()[:16]}.so"
     if target.exists():
         return target

@@ -20,7 +20,7 @@ from passes.halves import joined
 
 
 class Format(IntEnum):
-    """What the numbers of a tensor are; the values are those of ``kernels/update.cpp``."""
+    """What the numbers of a tensor are; the values are those of ``kernels/numbers.h``."""
 
     FLOAT = 0  # FP32
     SPLIT = 1  # FP32 as BF16 (rounded to nearest, ties up) and the int16 difference
@@ -86,7 +86,7 @@ def round_stochastically(numbers: Tensor, seed: int) -> Tensor:
 
 
 def _random_bits(like: Tensor, seed: int) -> Tensor:
-    """Sixteen random bits for each number; the same as in ``kernels/update.cpp``."""
+    """Sixteen random bits for each number; the same as in ``kernels/numbers.h``."""
     dense = torch.empty_like(like)
     places = torch.arange(dense.numel()).as_strided(dense.shape, dense.stride())
     x = (places // 2 ^ seed) & 0xFFFFFFFF
