@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import copy
+import ctypes
 import math
+import os
 from collections.abc import Callable
 
 import pytest
@@ -14,8 +16,6 @@ from optcpu.optim import native, rules
 from optcpu.optim.formats import Format, Stored, mixed, split
 from optcpu.optim.rules import Constants, Slot
 
-pytestmark = pytest.mark.skipif(native.library_or_none() is None, reason="needs a C++ compiler")
-
 SIZES = (1, 2, 63, 127, 128, 129, 300, 5001)
 FLOAT, SPLIT, STOCHASTIC, NEAREST = Format
 RULES: dict[str, Callable[[Slot], None]] = {
@@ -23,6 +23,31 @@ RULES: dict[str, Callable[[Slot], None]] = {
     "sgd": rules.sgd,
     "lamb": rules.lamb,
 }
+
+
+@pytest.fixture(scope="module", params=["for this processor", "without AVX512"])
+def library(
+    request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory
+) -> ctypes.CDLL:
+    """The kernel as it is built here, and as it is on processors with shorter vectors."""
+    found = native.library_or_none()
+    if request.param == "without AVX512" and found is not None:
+        folder = tmp_path_factory.mktemp("portable")
+        compiler = folder / "compiler"
+        compiler.write_text(f'#!/bin/sh\nexec {os.environ.get("CXX", "g++")} "$@" -mno-avx512f\n')
+        compiler.chmod(0o755)
+        with pytest.MonkeyPatch.context() as environment:
+            environment.setenv("CXX", str(compiler))
+            environment.setenv("XDG_CACHE_HOME", str(folder))
+            found = native.library_or_none.__wrapped__()
+    if found is None:
+        pytest.skip("needs a C++ compiler for x86-64")
+    return found
+
+
+@pytest.fixture(autouse=True)
+def use_library(library: ctypes.CDLL, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(native, "library_or_none", lambda: library)
 
 
 def stored(numbers: Tensor, format: Format, seed: int) -> Stored:
@@ -110,6 +135,35 @@ def test_every_format(
             if name == "second" and rule == "sgd":
                 continue
             assert_same(getattr(one, name), getattr(other, name))
+
+
+@pytest.mark.parametrize("rule", RULES)
+@pytest.mark.parametrize("weight", [FLOAT, SPLIT, STOCHASTIC])
+@pytest.mark.parametrize("size", [1, 31, 33, 95, 129, 513, 545])
+def test_what_lies_behind_a_tensor_is_untouched(rule: str, weight: Format, size: int) -> None:
+    def within_more(numbers: Tensor) -> Tensor:
+        return torch.cat([numbers, torch.full((200,), 7, dtype=numbers.dtype)])[:size]
+
+    first, second = (FLOAT, FLOAT) if weight == FLOAT else (NEAREST, STOCHASTIC)
+    slot = Slot(
+        Constants(lr=0.1, step_size=0.1, epsilon=1e-8, shrink=0.5, ratio_limit=1.0),
+        stored(torch.randn(size), weight, 1),
+        stored(torch.randn(size), FLOAT if weight == FLOAT else NEAREST, 2),
+        stored(torch.randn(size), first, 3),
+        stored(torch.rand(size), second, 4),
+    )
+    tensors = []
+    for part in (slot.weight, slot.gradient, slot.first, slot.second):
+        assert part is not None
+        part.data = within_more(part.data)
+        tensors.append(part.data)
+        if part.low is not None:
+            part.low = within_more(part.low)
+            tensors.append(part.low)
+    getattr(native, rule)([slot])
+    for tensor in tensors:
+        behind = tensor.as_strided((200,), (1,), size)
+        assert torch.equal(behind, torch.full_like(behind, 7))
 
 
 def test_ties_go_to_even() -> None:
