@@ -60,9 +60,13 @@ def _onednn_packed(a: Tensor, b: Tensor) -> Tensor:
 
 
 def _own(a: Tensor, b: Tensor) -> Tensor:
-    if _order(a) + _order(b) != "tn":
+    if not _own_takes(a, b):
         raise RuntimeError("the library's own kernel multiplies transposed rows by rows only")
     return native.weight_gradient(a.t(), b, a.dtype)
+
+
+def _own_takes(a: Tensor, b: Tensor) -> bool:
+    return _order(a) + _order(b) == "tn" and "own" in kernels(a.dtype)
 
 
 def packed_for(x: Tensor, weight: Tensor) -> Tensor:
@@ -101,7 +105,8 @@ def matmul(a: Tensor, b: Tensor) -> Tensor:
     Returns:
         Shape (M, N), same dtype, row-major.
     """
-    return kernels(a.dtype)[fastest(a, b, preferred="aten")](a, b)
+    preferred = "own" if _own_takes(a, b) else "aten"
+    return kernels(a.dtype)[fastest(a, b, preferred)](a, b)
 
 
 def fastest(a: Tensor, b: Tensor, preferred: str) -> str:

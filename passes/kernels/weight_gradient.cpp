@@ -31,8 +31,9 @@ using Tile = __m512[kRows][kVectors];
 
 int64_t blocks(int64_t length, int64_t block) { return (length + block - 1) / block; }
 
-__mmask16 lanes(int64_t count) {
-  return static_cast<__mmask16>((1u << std::clamp<int64_t>(count, 0, kLanes)) - 1);
+// A mask of the first `count` lanes, of 32 at most.
+__mmask32 first(int64_t count) {
+  return static_cast<__mmask32>((uint64_t{1} << std::clamp<int64_t>(count, 0, 32)) - 1);
 }
 
 // panels[column / width][p][column % width] = (source[2p][column], source[2p + 1][column]); what lies
@@ -47,13 +48,13 @@ void pair_rows(const bf16* source, int64_t rows, int64_t columns, int64_t width,
         const bf16* odd = even + columns;
         for (int64_t lane = 0; lane < width; lane += kLanes) {
           const int64_t column = panel * width + lane;
-          const __mmask16 present = lanes(columns - column);
+          const auto present = static_cast<__mmask16>(first(columns - column));
           const __mmask16 paired = 2 * p + 1 < rows ? present : 0;
           const __m512i low =
               _mm512_cvtepu16_epi32(_mm256_maskz_loadu_epi16(present, even + column));
           const __m512i high =
               _mm512_cvtepu16_epi32(_mm256_maskz_loadu_epi16(paired, odd + column));
-          _mm512_mask_storeu_epi32(target + lane, lanes(width - lane),
+          _mm512_mask_storeu_epi32(target + lane, static_cast<__mmask16>(first(width - lane)),
                                    _mm512_or_si512(low, _mm512_slli_epi32(high, 16)));
         }
       }
@@ -78,19 +79,24 @@ inline __attribute__((always_inline)) void multiply(const pair* gradient, const 
   }
 }
 
-void store(__m512 numbers, __mmask16 present, bool streamed, float* target) {
-  if (streamed)
-    _mm512_stream_ps(target, numbers);
-  else
-    _mm512_mask_storeu_ps(target, present, numbers);
+// Stores the first `columns` numbers of a row of a tile, past the caches if `streamed`: then all are there.
+void store(const __m512 (&row)[kVectors], int64_t columns, bool streamed, float* target) {
+  for (int v = 0; v < kVectors; v++, target += kLanes) {
+    if (streamed)
+      _mm512_stream_ps(target, row[v]);
+    else
+      _mm512_mask_storeu_ps(target, static_cast<__mmask16>(first(columns - v * kLanes)), row[v]);
+  }
 }
 
-void store(__m512 numbers, __mmask16 present, bool streamed, bf16* target) {
-  const __m256i rounded = (__m256i)_mm512_cvtneps_pbh(numbers);
-  if (streamed)
-    _mm256_stream_si256(reinterpret_cast<__m256i*>(target), rounded);
-  else
-    _mm256_mask_storeu_epi16(target, present, rounded);
+void store(const __m512 (&row)[kVectors], int64_t columns, bool streamed, bf16* target) {
+  for (int v = 0; v < kVectors; v += 2, target += 2 * kLanes) {
+    const __m512i rounded = (__m512i)_mm512_cvtne2ps_pbh(row[v + 1], row[v]);
+    if (streamed)
+      _mm512_stream_si512(reinterpret_cast<__m512i*>(target), rounded);
+    else
+      _mm512_mask_storeu_epi16(target, first(columns - v * kLanes), rounded);
+  }
 }
 
 // The panels of both operands, and where their product goes.
@@ -105,24 +111,24 @@ struct Product {
   // Tiles (down, across) for all in [down, down_end) x [across, across_end), summed over all pairs.
   void tiles(int64_t down, int64_t down_end, int64_t across, int64_t across_end,
              __m512* sums) const {
-    for (int64_t first = 0; first < pairs; first += kDepth) {
+    for (int64_t start = 0; start < pairs; start += kDepth) {
       __m512* sum = sums;
       for (int64_t j = across; j < across_end; j++)
         for (int64_t i = down; i < down_end; i++, sum += kRows * kVectors)
-          tile(i, j, first, sum);
+          tile(i, j, start, sum);
     }
   }
 
-  void tile(int64_t i, int64_t j, int64_t first, __m512* sum) const {
+  void tile(int64_t i, int64_t j, int64_t start, __m512* sum) const {
     Tile numbers;
 #pragma GCC unroll 6
     for (int r = 0; r < kRows; r++)
 #pragma GCC unroll 4
       for (int v = 0; v < kVectors; v++)
-        numbers[r][v] = first > 0 ? sum[r * kVectors + v] : _mm512_setzero_ps();
-    multiply(gradient + (i * pairs + first) * kRows, x + (j * pairs + first) * kColumns,
-             std::min(kDepth, pairs - first), numbers);
-    if (first + kDepth < pairs) {
+        numbers[r][v] = start > 0 ? sum[r * kVectors + v] : _mm512_setzero_ps();
+    multiply(gradient + (i * pairs + start) * kRows, x + (j * pairs + start) * kColumns,
+             std::min(kDepth, pairs - start), numbers);
+    if (start + kDepth < pairs) {
 #pragma GCC unroll 6
       for (int r = 0; r < kRows; r++)
 #pragma GCC unroll 4
@@ -134,11 +140,7 @@ struct Product {
     for (int r = 0; r < kRows; r++) {
       const int64_t row = i * kRows + r;
       if (row >= out) continue;
-#pragma GCC unroll 4
-      for (int v = 0; v < kVectors; v++) {
-        const int64_t column = j * kColumns + v * kLanes;
-        store(numbers[r][v], lanes(in - column), streamed && whole, result + row * in + column);
-      }
+      store(numbers[r], in - j * kColumns, streamed && whole, result + row * in + j * kColumns);
     }
   }
 
