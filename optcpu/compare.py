@@ -104,8 +104,8 @@ def compare(
             stays in the process); ``optcpu`` (``optcpu.optimize(model)``, the optimizer as given),
             ``optcpu+optimizer`` (``optcpu.optimize(model, optimizer)``), ``optcpu+native`` and
             ``optcpu+ipex`` (the same with that ``layout``, where both can be had); ``ipex`` (as its
-            documentation trains), ``ipex-compiled`` (with its backend for ``torch.compile``),
-            ``zentorch``; these three with ``-tuned`` memory.
+            documentation trains), ``ipex-tuned``, ``ipex-compiled-tuned`` (with its backend for
+            ``torch.compile``), and ``zentorch``, with tuned memory, too.
             ``eager-fp32`` always runs, as the reference. Default: the four stock ones, the tuned
             counterpart of the fastest of them (and of any that is close to it), those of optcpu, and
             those of IPEX and zentorch where they are installed and fit. On processors without

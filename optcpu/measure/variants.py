@@ -90,8 +90,9 @@ VARIANTS: Mapping[str, Variant] = {
     for variant in (
         *_stock_variants(tuned=False),
         *_stock_variants(tuned=True),
-        Variant("ipex", "peer", tuned=True, package=_IPEX),
-        Variant("ipex-compiled", "peer", compiled=True, tuned=True, package=_IPEX),
+        Variant("ipex", "peer", package=_IPEX),
+        Variant("ipex-tuned", "peer", tuned=True, package=_IPEX),
+        Variant("ipex-compiled-tuned", "peer", compiled=True, tuned=True, package=_IPEX),
         Variant(
             "zentorch",
             "peer",

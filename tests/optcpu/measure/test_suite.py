@@ -15,7 +15,7 @@ from tests.optcpu.measure.conftest import MACHINE, make_comparison, make_row
 
 OPTCPU = make_row("optcpu", "optcpu", 80.0, peak_memory_mb=2310.0)
 FASTER = make_row("optcpu+optimizer", "optcpu", 60.0, of_ideal=0.8)
-PEER = make_row("ipex-compiled", "peer", 75.0)
+PEER = make_row("ipex-compiled-tuned", "peer", 75.0)
 WRONG_PEER = make_row("zentorch", "peer", 10.0, learned=False)
 COMPILED = make_row("compiled-fp32", "stock", 280.0)
 
@@ -31,7 +31,7 @@ def test_the_one_with_its_optimizer_stands_for_optcpu() -> None:
     assert standing.eager == Ratio("eager-fp32", pytest.approx(5.0))
     assert standing.compiled == Ratio("compiled-fp32", pytest.approx(280 / 60))
     assert standing.best_stock == Ratio("compiled-bf16-tuned", pytest.approx(1.6))
-    assert standing.best_peer == Ratio("ipex-compiled", pytest.approx(1.25)), "the right one"
+    assert standing.best_peer == Ratio("ipex-compiled-tuned", pytest.approx(1.25)), "the right one"
     assert standing.of_ideal == 0.8
     assert standing.memory == pytest.approx(1900 / 2100)
 

@@ -29,6 +29,8 @@ from optcpu.measure.variants import (
 
 Installer = Callable[[str, str], None]
 
+PEERS = ["ipex", "ipex-tuned", "ipex-compiled-tuned", "zentorch"]
+
 
 @pytest.fixture
 def install(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Installer:
@@ -149,7 +151,10 @@ def test_by_default_the_peers_that_fit_are_measured_and_the_others_are_told(
     monkeypatch.setattr(variants, "import_problem", tried.append)
     monkeypatch.setattr(variants, "_why_not_packed", lambda: "no BF16")
     chosen, left_out = default_other_variants()
-    assert (names(chosen), left_out) == (["ipex", "ipex-compiled", "zentorch", *own], [])
+    assert (names(chosen), left_out) == (
+        [*PEERS, *own],
+        [],
+    )
     with pytest.raises(
         ValueError, match=r"'optcpu\+ipex' cannot run here: no weights are packed here: no BF16"
     ):
@@ -158,7 +163,10 @@ def test_by_default_the_peers_that_fit_are_measured_and_the_others_are_told(
     monkeypatch.setattr(variants, "_why_not_packed", lambda: None)
     chosen, left_out = default_other_variants()
     layouts = ["optcpu+native", "optcpu+ipex"]
-    assert (names(chosen), left_out) == (["ipex", "ipex-compiled", "zentorch", *own, *layouts], [])
+    assert (names(chosen), left_out) == (
+        [*PEERS, *own, *layouts],
+        [],
+    )
     assert tried == ["intel_extension_for_pytorch", "zentorch"]
 
     monkeypatch.setattr(variants, "_why_not_packed", lambda: "no BF16")
@@ -167,7 +175,7 @@ def test_by_default_the_peers_that_fit_are_measured_and_the_others_are_told(
     chosen, left_out = default_other_variants()
     assert names(chosen) == own
     assert left_out == [
-        "Left out: ipex, ipex-compiled; intel_extension_for_pytorch cannot be imported: "
+        "Left out: ipex, ipex-tuned, ipex-compiled-tuned; intel_extension_for_pytorch cannot be imported: "
         f"ImportError: no; a version that fits torch {torch.__version__} is needed.",
         "Left out: zentorch; without AVX-512 zentorch is plain torch.compile.",
     ]
@@ -245,12 +253,12 @@ def test_ipex_is_set_up_as_its_documentation_trains(
 ) -> None:
     on_a_processor_with(isa, monkeypatch)
     model = nn.Linear(4, 2)
-    for name, expected in (("ipex", []), ("ipex-compiled", ["ipex"])):
+    for name, expected in (("ipex-tuned", []), ("ipex-compiled-tuned", ["ipex"])):
         prepared = prepare(VARIANTS[name], model, variants.default_optimizer, precision)
         options = fake_ipex.pop()
         assert options["dtype"] is (torch.bfloat16 if bf16 else None)
         assert options["optimizer"] is prepared.optimizer
-        assert options["weights_prepack"] is (name == "ipex")
+        assert options["weights_prepack"] is (name == "ipex-tuned")
         assert options["inplace"] is True
         assert backends == expected
         with prepared.autocast():
