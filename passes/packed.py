@@ -16,6 +16,7 @@ from dataclasses import dataclass, field
 from typing import Any, Protocol, TypeAlias
 
 from torch import Tensor
+from torch.profiler import record_function
 
 from passes.gemm import fastest, is_small, kernels, remembered, shape_key, times
 
@@ -95,7 +96,8 @@ class _Kept:
         if self._is_full(place) or not _NEVER < threshold <= self._expected(place):
             self.packed.pop(place, None)
             return None
-        copy = self.packing.pack(weight, x.shape[0], copy)
+        with record_function("optcpu::pack_weight"):
+            copy = self.packing.pack(weight, x.shape[0], copy)
         self.packed[place] = version, copy
         return copy
 

@@ -2,7 +2,7 @@
 
 PyTorch's profiler tells what ran within what. Each operator counts whole, with what it calls, as the kind
 of work that its name says; what generated code and Python do themselves is what is left of the ranges
-around them.
+around them. To pack a weight is part of the product that needs it first, and is told apart.
 """
 
 from __future__ import annotations
@@ -19,7 +19,14 @@ from torch.profiler import ProfilerActivity, profile
 from optcpu.measure.work import Ideal
 
 Kind = Literal[
-    "products", "convolutions", "recurrent", "update", "generated", "operators", "python"
+    "products",
+    "packing",
+    "convolutions",
+    "recurrent",
+    "update",
+    "generated",
+    "operators",
+    "python",
 ]
 KINDS: tuple[Kind, ...] = get_args(Kind)
 
@@ -43,6 +50,7 @@ _BY_NAME: dict[Kind, frozenset[str]] = {
             "_scaled_dot_product_flash_attention_for_cpu_backward",
         ]
     ),
+    "packing": frozenset(["pack_weight"]),
     "convolutions": frozenset(
         [
             "convolution",
@@ -145,12 +153,24 @@ def _pieces_of(event: Any) -> Iterable[tuple[Kind, str, float]]:
     """Kind, description and microseconds of what ``event`` consists of."""
     kind = _kind(event.name)
     if kind is not None:
-        yield kind, _description(event), event.cpu_time_total
+        packings = list(_packings_within(event))
+        inside = sum(packing.cpu_time_total for packing in packings)
+        yield kind, _description(event), event.cpu_time_total - inside
+        for packing in packings:
+            yield "packing", _description(packing), packing.cpu_time_total
         return
     own: Kind = "generated" if _runs_generated_code(event) else "python"
     yield own, "", event.self_cpu_time_total
     for child in event.cpu_children:
         yield from _pieces_of(child)
+
+
+def _packings_within(event: Any) -> Iterable[Any]:
+    for child in event.cpu_children:
+        if _kind(child.name) == "packing":
+            yield child
+        else:
+            yield from _packings_within(child)
 
 
 def _runs_generated_code(event: Any) -> bool:

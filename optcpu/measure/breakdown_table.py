@@ -11,6 +11,7 @@ from optcpu.measure.numbers import figure
 
 _TOLD: dict[Kind, str] = {
     "products": "matrix products and attention",
+    "packing": "packing of weights",
     "convolutions": "convolutions",
     "recurrent": "recurrent layers",
     "update": "update of the weights",
@@ -20,6 +21,7 @@ _TOLD: dict[Kind, str] = {
 }
 _ADVICE: dict[Kind, str] = {
     "products": "their rate grows with the batch, up to the peak",
+    "packing": "once a weight and update, whatever the number of batches in between",
     "convolutions": "those of few channels stay far below the peak of a matrix product",
     "recurrent": "a step in time waits for the one before: a larger batch fills the cores",
     "update": "give the optimizer to optcpu.optimize, or update once for several batches",

@@ -8,13 +8,14 @@ from typing import Any
 
 import pytest
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from optcpu.measure import breakdown as module
 from optcpu.measure.breakdown import breakdown, costs_of, kind_of_operator
 from optcpu.measure.breakdown_table import breakdown_table
 from optcpu.measure.work import Ideal
 from optcpu.tables import to_text
+from passes import ops, packed
 
 IDEAL = Ideal("fp32", "onednn", flops=30e9, peak=1e12, update_bytes=32e7, bandwidth=32e9)
 
@@ -54,6 +55,45 @@ def test_what_runs_is_told_with_its_shapes() -> None:
     assert costs["update", ""]["ms"] > 0
     assert costs["python", ""]["ms"] > 4, "what lies between the ranges"
     assert not any("addmm" in what for _, what in costs), "counted with linear"
+
+
+def test_packing_is_told_apart_from_the_product_that_needs_it() -> None:
+    class Packing:
+        name = "slow"
+
+        def pack(self, weight: Tensor, rows: int, before: Any) -> Tensor:
+            time.sleep(0.02)
+            return weight
+
+        def unpack(self, packed: Tensor) -> Tensor:
+            return packed
+
+        def linear(self, x: Tensor, packed: Tensor, *_: Any) -> Tensor:
+            return x @ packed.t()
+
+    x, weight = torch.randn(512, 512), torch.randn(512, 512)
+    packed.keep(weight, Packing(), products=3)
+    kept = packed.kept(weight)
+    assert kept is not None
+    kept.pays_from = lambda x, weight: 1  # type: ignore[method-assign]
+
+    def run() -> None:
+        for _ in range(3):
+            ops.linear_op(x, weight, None, "none")
+
+    costs = {(cost["kind"], cost["what"]): cost for cost in costs_of(run, steps=1)}
+    packing, product = (
+        costs["packing", "pack_weight"],
+        costs["products", "linear 512x512 512x512"],
+    )
+    assert (packing["calls"], product["calls"]) == (1, 3)
+    assert packing["ms"] >= 20
+    packed.forget(weight)
+    product_that_packs = _event("optcpu::linear", 10, _event("optcpu::pack_weight", 4))
+    assert list(module._pieces_of(product_that_packs)) == [
+        ("products", "linear", 6),
+        ("packing", "pack_weight", 4),
+    ]
 
 
 def _event(name: str, total: float, *children: Any, shapes: Any = ()) -> Any:
