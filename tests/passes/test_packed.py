@@ -23,7 +23,8 @@ if gemm.onednn_available() and torch.ops.mkldnn._is_mkldnn_bf16_supported():
 
 @pytest.fixture(autouse=True)
 def nothing_is_small(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[None]:
-    """Packed copies for products of all sizes, and nothing remembered from before."""
+    """Packed copies for products of all sizes, and nothing remembered or kept from before."""
+    monkeypatch.setattr(packed, "_KEPT", {})
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     for dtype in gemm._SMALL:
         monkeypatch.setitem(gemm._SMALL, dtype, 0)
