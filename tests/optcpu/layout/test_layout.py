@@ -33,6 +33,7 @@ def make_model() -> nn.Sequential:
 @pytest.fixture
 def copies(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[list[Copies]]:
     """Every product large enough to be kept packed, by a packing that this processor can do."""
+    monkeypatch.setattr(packed, "_KEPT", {})  # those of other tests' models may be there yet
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     for dtype in gemm._SMALL:
         monkeypatch.setitem(gemm._SMALL, dtype, 0)
