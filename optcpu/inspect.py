@@ -16,7 +16,7 @@ from optcpu.inspection.build import modules_of, regions_of
 from optcpu.inspection.result import Inspection
 from optcpu.inspection.run import Observation, observe
 from optcpu.layout import layouts
-from optcpu.optimize import Settings, _check_model, compiled_call
+from optcpu.optimize import Settings, _check_model, compiled_call, unwrapped
 from optcpu.pipeline import Pipeline, default_passes, resolve_precision
 from optcpu.record import Fallback
 from passes.base import Rewrite
@@ -61,6 +61,7 @@ def inspect(
         ValueError: a parameter, buffer or input is not on the CPU, the model does not run on the inputs,
             or ``precision`` is unknown.
     """
+    model = unwrapped(model)
     _check_model(model)
     if loss is not None and not callable(loss):
         raise TypeError(f"loss must be a function of the model's output, not {_typename(loss)}")

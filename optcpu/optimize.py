@@ -10,6 +10,7 @@ from typing import Any, TypeVar, overload
 import torch
 from torch import nn
 from torch._dynamo.exc import TorchDynamoException
+from torch.nn.parallel import DistributedDataParallel
 from torch.optim import Optimizer
 
 import passes as p
@@ -23,7 +24,13 @@ from optcpu.optim.weights import StoredWeight, restore_weights
 from optcpu.pipeline import Pipeline, Precision, default_passes, resolve_precision
 from optcpu.record import Record
 from optcpu.recurrent import has_recurrent_layers, needs_autocast, under_autocast
-from optcpu.takeover import gradients_set_aside, resolve_state_dtype, resolve_weights, take_over
+from optcpu.takeover import (
+    gradients_set_aside,
+    meet_ddp,
+    resolve_state_dtype,
+    resolve_weights,
+    take_over,
+)
 from passes.base import Rewrite
 
 Model = TypeVar("Model", bound=nn.Module)
@@ -108,7 +115,8 @@ def optimize(
     are those of the plain model. The first call compiles, which takes seconds to a minute.
 
     Args:
-        model: any module on the CPU with FP32 parameters.
+        model: any module on the CPU with FP32 parameters. What is in a ``DistributedDataParallel`` is
+            compiled; wrap after this call if an optimizer is given, so that its weights can be stored.
         optimizer: any optimizer of the model's parameters. ``Adam``, ``AdamW`` and ``SGD`` of PyTorch
             become those of :mod:`optcpu.optim`, the same object with the same options and checkpoints
             (where everything stays FP32, they use PyTorch's own fused kernel);
@@ -149,6 +157,7 @@ def optimize(
         OptcpuError: the model was optimized before with other settings, or ``layout`` is ``"ipex"``
             and the extension cannot be used here.
     """
+    wrapped, model = model, unwrapped(model)
     _check_model(model)
     if optimizer is not None and not isinstance(optimizer, Optimizer):
         raise TypeError(f"optimizer must be a torch.optim.Optimizer, not {_typename(optimizer)}")
@@ -181,7 +190,7 @@ def optimize(
     if changed and present is not None:
         present.compile_anew()
     keep_packed(model, settings.layout)
-    return model if optimizer is None else (model, optimizer)
+    return wrapped if optimizer is None else (wrapped, optimizer)
 
 
 def restore(model: Model) -> Model:
@@ -196,11 +205,17 @@ def restore(model: Model) -> Model:
     """
     if not isinstance(model, nn.Module):
         raise TypeError(f"model must be a torch.nn.Module, not {_typename(model)}")
-    present = compiled_call(model)
+    compiled = unwrapped(model)
+    present = compiled_call(compiled)
     if present is not None:
-        model._compiled_call_impl = present.replaced
-        restore_weights(model)
+        compiled._compiled_call_impl = present.replaced
+        restore_weights(compiled)
     return model
+
+
+def unwrapped(model: Any) -> Any:
+    """What computes: ``model``, or the module in it if it is a ``DistributedDataParallel``."""
+    return model.module if isinstance(model, DistributedDataParallel) else model
 
 
 def compiled_call(model: nn.Module) -> CompiledCall | None:
@@ -280,6 +295,7 @@ class CompiledCall:
         run_before = self.backend.parts_run
         if self._stored is None:
             self._stored = [p for p in self._model.parameters() if isinstance(p, StoredWeight)]
+        meet_ddp(self._stored)
         try:
             with gradients_set_aside(self._stored):
                 result = self._compiled(*args, **kwargs)

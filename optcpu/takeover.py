@@ -8,6 +8,7 @@ from typing import Literal
 
 import torch
 from torch import nn
+from torch.nn.parallel import DistributedDataParallel
 from torch.optim import Optimizer
 
 from optcpu.errors import OptcpuError, warn
@@ -116,6 +117,18 @@ def _check_storage(model: nn.Module, optimizer: Optimizer, weights: Weights) -> 
 
 def _plain_weights(model: nn.Module) -> int:
     return sum(not isinstance(parameter, StoredWeight) for parameter in model.parameters())
+
+
+def meet_ddp(weights: Iterable[StoredWeight]) -> None:
+    """Let those weights have FP32 gradients from now on, if ``DistributedDataParallel`` calls the model.
+
+    That class averages gradients of a parameter's own dtype alone.
+    """
+    if DistributedDataParallel._get_active_ddp_module() is None:
+        return
+    for weight in weights:
+        if hasattr(weight, "grad_dtype") and weight.grad_dtype is None:
+            weight.grad_dtype = weight.dtype
 
 
 @contextmanager

@@ -16,6 +16,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensor
 from torch.utils._pytree import tree_any, tree_map_only
 
 from optcpu.errors import OptcpuError
@@ -92,7 +93,9 @@ class StoredWeight(Tensor):
         return StoredWeight(inner["high"], inner.get("low"))
 
     def _stable_hash_for_caching(self) -> str:
-        return "split" if self.low is not None else "bf16"
+        """All that code compiled for this tensor depends on: part of the key of PyTorch's cache."""
+        halves = "bf16" if self.low is None else "split"
+        return f"{halves} {tuple(self.shape)} {self.stride()} {self.requires_grad}"
 
     __torch_function__ = torch._C._disabled_torch_function_impl  # type: ignore[assignment]
 
@@ -207,6 +210,10 @@ class StoredWeight(Tensor):
         return _plain(self)
 
     def __reduce_ex__(self, protocol: Any) -> Any:
+        if isinstance(
+            self.high, FakeTensor
+        ):  # part of a cache's key in PyTorch 2.8, which knows these
+            return StoredWeight, (self.high, self.low, self.requires_grad)
         plain = _plain(self)
         plain.__dict__.update(_marks(self))
         return plain.__reduce_ex__(protocol)

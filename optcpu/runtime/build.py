@@ -10,6 +10,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import nn
+from torch.nn.parallel import DistributedDataParallel
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import (
     ChainedScheduler,
@@ -57,6 +58,22 @@ def make_optimizer(trained: Iterable[nn.Parameter], options: OptimizerOptions) -
     if options.lookahead is None:
         return optimizer
     return Lookahead(optimizer, **options.lookahead.model_dump())
+
+
+def check_model(model: object) -> None:
+    """Refuse what the trainer cannot train.
+
+    Raises:
+        TypeError: ``model`` is no module.
+        ValueError: it is a ``DistributedDataParallel``.
+    """
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"model must be a torch.nn.Module, not {type(model).__name__}")
+    if isinstance(model, DistributedDataParallel):
+        raise ValueError(
+            "model is wrapped in DistributedDataParallel, but the trainer averages gradients itself: give "
+            "model.module"
+        )
 
 
 def optimizer_settings(given: Any, lr: float | None) -> dict[str, Any]:

@@ -19,6 +19,7 @@ from optcpu.runtime.build import (
     check_epochs,
     check_functions,
     check_local_steps,
+    check_model,
     check_monitors,
     check_optimizer,
     checked_callbacks,
@@ -140,8 +141,7 @@ class Trainer:
         collate_fn: Callable[[list[Any]], Any] | None = None,
         **options: Any,
     ) -> None:
-        if not isinstance(model, nn.Module):
-            raise TypeError(f"model must be a torch.nn.Module, not {type(model).__name__}")
+        check_model(model)
         check_functions(loss=loss, size_of=size_of, collate_fn=collate_fn)
         if isinstance(optimizer, Optimizer) and lr is not None:
             raise ValueError("lr is for an optimizer that the trainer makes; set it in yours")

@@ -111,12 +111,13 @@ struct Product {
   // Tiles (down, across) for all in [down, down_end) x [across, across_end), summed over all pairs.
   void tiles(int64_t down, int64_t down_end, int64_t across, int64_t across_end,
              __m512* sums) const {
-    for (int64_t start = 0; start < pairs; start += kDepth) {
+    int64_t start = 0;
+    do {  // once at least: without rows the sums are zero
       __m512* sum = sums;
       for (int64_t j = across; j < across_end; j++)
         for (int64_t i = down; i < down_end; i++, sum += kRows * kVectors)
           tile(i, j, start, sum);
-    }
+    } while ((start += kDepth) < pairs);
   }
 
   void tile(int64_t i, int64_t j, int64_t start, __m512* sum) const {

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import warnings
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -319,6 +320,24 @@ def test_other_shapes_within_an_accumulation_are_compiled(weights: Any) -> None:
     torch.testing.assert_close(
         gradients[1] - gradients[0], model[0].weight.grad.float(), rtol=0.1, atol=2e-3
     )
+
+
+def test_compiled_code_of_stored_weights_is_found_again(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    """The next process needs no compilation, unless other weights are trained."""
+    monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path))
+    cache = torch._dynamo.utils.counters["aot_autograd"]
+    for frozen, hits in ((True, 0), (True, 1), (False, 0), (False, 1)):
+        torch._dynamo.reset()
+        cache.clear()
+        model = network()
+        model[0].weight.requires_grad_(not frozen)
+        optcpu.optimize(model, torch.optim.AdamW(model.parameters()), precision="bf16")
+        ((x, y),) = batches(1)
+        F.cross_entropy(model(x), y).backward()
+        assert (cache["autograd_cache_hit"], cache["autograd_cache_miss"]) == (hits, 1 - hits)
+        assert (model[0].weight.grad is None) == frozen
 
 
 @pytest.mark.skipif(not hasattr(Tensor, "grad_dtype"), reason="gradients have the weight's dtype")

@@ -31,7 +31,7 @@ needs_kernel = pytest.mark.skipif(
 @needs_kernel
 @settings(max_examples=60)
 @given(
-    batch=st.integers(1, 2500),
+    batch=st.integers(0, 2500),
     out=st.integers(1, 300),
     width=st.integers(1, 600),
     transposed=st.booleans(),

@@ -95,13 +95,14 @@ INLINE void store_halves(void* data, Place<kWhole> at, __m512i numbers) {
 
 constexpr int kSecond = 32;  // in an index of permuted halves: of the second operand
 
-// Sixteen halves from `first` on, each from `step` behind the one before; odd ones `other` behind.
+// For permutations: `first`, and each index `step` behind the one before.
 INLINE __m512i every(int first, int step) {
   alignas(64) int16_t index[kGroup];
   for (int i = 0; i < kGroup; i++) index[i] = int16_t(first + i * step);
   return _mm512_load_si512(index);
 }
 
+// Indices from `first` on at even places, from `second` on at odd ones.
 INLINE __m512i alternating(int first, int second) {
   alignas(64) int16_t index[kGroup];
   for (int i = 0; i < kGroup; i++) index[i] = int16_t((i % 2 ? second : first) + i / 2);

@@ -151,10 +151,7 @@ def test_by_default_the_peers_that_fit_are_measured_and_the_others_are_told(
     monkeypatch.setattr(variants, "import_problem", tried.append)
     monkeypatch.setattr(variants, "_why_not_packed", lambda: "no BF16")
     chosen, left_out = default_other_variants()
-    assert (names(chosen), left_out) == (
-        [*PEERS, *own],
-        [],
-    )
+    assert (names(chosen), left_out) == ([*PEERS, *own], [])
     with pytest.raises(
         ValueError, match=r"'optcpu\+ipex' cannot run here: no weights are packed here: no BF16"
     ):
@@ -163,10 +160,7 @@ def test_by_default_the_peers_that_fit_are_measured_and_the_others_are_told(
     monkeypatch.setattr(variants, "_why_not_packed", lambda: None)
     chosen, left_out = default_other_variants()
     layouts = ["optcpu+native", "optcpu+ipex"]
-    assert (names(chosen), left_out) == (
-        [*PEERS, *own, *layouts],
-        [],
-    )
+    assert (names(chosen), left_out) == ([*PEERS, *own, *layouts], [])
     assert tried == ["intel_extension_for_pytorch", "zentorch"]
 
     monkeypatch.setattr(variants, "_why_not_packed", lambda: "no BF16")
@@ -253,12 +247,12 @@ def test_ipex_is_set_up_as_its_documentation_trains(
 ) -> None:
     on_a_processor_with(isa, monkeypatch)
     model = nn.Linear(4, 2)
-    for name, expected in (("ipex-tuned", []), ("ipex-compiled-tuned", ["ipex"])):
+    for name, expected in (("ipex", []), ("ipex-compiled-tuned", ["ipex"])):
         prepared = prepare(VARIANTS[name], model, variants.default_optimizer, precision)
         options = fake_ipex.pop()
         assert options["dtype"] is (torch.bfloat16 if bf16 else None)
         assert options["optimizer"] is prepared.optimizer
-        assert options["weights_prepack"] is (name == "ipex-tuned")
+        assert options["weights_prepack"] is (name == "ipex")
         assert options["inplace"] is True
         assert backends == expected
         with prepared.autocast():

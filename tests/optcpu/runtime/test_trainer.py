@@ -6,6 +6,7 @@ from typing import Any
 import pytest
 import torch
 from torch import nn
+from torch.nn.parallel import DistributedDataParallel
 from torch.utils.data import DataLoader, TensorDataset
 from training import Losses, assert_equal, small_data, small_model, small_trainer, tensors_of
 
@@ -221,6 +222,11 @@ def test_update_in_backward_is_for_one_process() -> None:
 def test_a_model_that_is_none_or_has_nothing_to_train() -> None:
     with pytest.raises(TypeError, match=r"model must be a torch.nn.Module, not str"):
         Trainer("model", small_data(), epochs=1)  # type: ignore[arg-type]
+    wrapped = DistributedDataParallel.__new__(DistributedDataParallel)
+    with pytest.raises(
+        ValueError, match=r"the trainer averages gradients itself: give model\.module"
+    ):
+        small_trainer(wrapped)
     with pytest.raises(ValueError, match="there is nothing to train"):
         small_trainer(nn.Linear(6, 3).requires_grad_(False))
 
