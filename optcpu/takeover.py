@@ -120,15 +120,21 @@ def _plain_weights(model: nn.Module) -> int:
 
 
 def meet_ddp(weights: Iterable[StoredWeight]) -> None:
-    """Let those weights have FP32 gradients from now on, if ``DistributedDataParallel`` calls the model.
+    """Let those weights have FP32 gradients if ``DistributedDataParallel`` calls the model.
 
     That class averages gradients of a parameter's own dtype alone.
     """
-    if DistributedDataParallel._get_active_ddp_module() is None:
-        return
+    if DistributedDataParallel._get_active_ddp_module() is not None:
+        widen_gradients(weights)
+
+
+def widen_gradients(weights: Iterable[StoredWeight]) -> None:
+    """Let those weights have FP32 gradients from now on, where they have BF16 ones."""
     for weight in weights:
         if hasattr(weight, "grad_dtype") and weight.grad_dtype is None:
+            gradient, weight.grad = weight.grad, None
             weight.grad_dtype = weight.dtype
+            weight.grad = None if gradient is None else gradient.float()
 
 
 @contextmanager

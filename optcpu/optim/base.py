@@ -15,7 +15,7 @@ from optcpu.errors import OptcpuError
 from optcpu.optim.formats import Format, Stored, mixed
 from optcpu.optim.in_backward import BackwardHooks
 from optcpu.optim.rules import Constants, Slot
-from optcpu.optim.weights import StoredWeight
+from optcpu.optim.weights import StoredWeight, count_writes
 
 Group = dict[str, Any]
 
@@ -175,8 +175,7 @@ class StoredOptimizer(Optimizer, ABC):
         self._constants = {}
         seed = mixed(self.seed, self.steps)
         self.update([self.slot(p.group, p.parameter, mixed(seed + p.number)) for p in places])
-        # The kernel writes past autograd, which must know that saved weights are not what they were.
-        torch.autograd.graph.increment_version([place.parameter for place in places])
+        count_writes(place.parameter for place in places)
 
     @abstractmethod
     def update(self, slots: list[Slot]) -> None:

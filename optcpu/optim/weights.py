@@ -129,8 +129,7 @@ class StoredWeight(Tensor):
             self.high.copy_(numbers)
         else:
             self.stored().write(numbers)
-        # Operators on lists of tensors leave that out.
-        torch.autograd.graph.increment_version(self)
+        count_writes([self])  # operators on lists of tensors leave that out
 
     @property
     def data(self) -> Tensor:  # type: ignore[override]
@@ -217,6 +216,19 @@ class StoredWeight(Tensor):
         plain = _plain(self)
         plain.__dict__.update(_marks(self))
         return plain.__reduce_ex__(protocol)
+
+
+def count_writes(tensors: Iterable[Tensor]) -> None:
+    """Let autograd know that ``tensors`` were written to past it: what it saved of them is no more.
+
+    Compiled graphs save the halves of a :class:`StoredWeight`.
+    """
+    written: list[Tensor] = []
+    for tensor in tensors:
+        written.append(tensor)
+        if isinstance(tensor, StoredWeight):
+            written += [half for half in (tensor.high, tensor.low) if half is not None]
+    torch.autograd.graph.increment_version(written)
 
 
 def store_weights(

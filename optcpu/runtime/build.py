@@ -24,13 +24,18 @@ from optcpu.errors import OptcpuError
 from optcpu.layout import expect_products
 from optcpu.optim import SGD, Adam, AdamW, Lamb, Lookahead
 from optcpu.optim.base import StoredOptimizer
+from optcpu.optim.weights import StoredWeight
 from optcpu.optimize import Settings, compiled_call, optimize
 from optcpu.pipeline import Pipeline, resolve_precision
 from optcpu.runtime.callbacks import Callback
 from optcpu.runtime.freezing.freezer import DynamicFreezer
 from optcpu.runtime.options import OptimizerOptions, TrainerOptions
 from optcpu.runtime.schedule import make_schedule
+from optcpu.takeover import widen_gradients
 from passes.base import Pass, Rewrite
+
+# A BF16 sum of more gradients than that loses more by rounding than each of them has lost.
+_MOST_BF16_SUMMANDS = 32
 
 _KINDS: dict[str, type[Optimizer]] = {"adamw": AdamW, "adam": Adam, "sgd": SGD, "lamb": Lamb}
 
@@ -188,6 +193,8 @@ def compile_model(
             state_dtype=state_dtype,
             layout=options.layout,
         )
+    if options.accumulation_steps > _MOST_BF16_SUMMANDS:
+        widen_gradients(p for p in model.parameters() if isinstance(p, StoredWeight))
     # Where sizes vary, each may come once; what came before must not decide: a resumed run has not seen it.
     expect_products(model, 1 if options.dynamic else options.accumulation_steps)
 

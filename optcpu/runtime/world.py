@@ -98,19 +98,24 @@ class World:
         if self.size == 1:
             return
         parameters = [p for p in trained if p.requires_grad]
-        used = torch.tensor([float(p.grad is not None) for p in parameters])
-        self._all_reduce([used])
+        found = torch.tensor([_has_gradient(p) for p in parameters], dtype=torch.float32)
+        self._all_reduce([found])
         gradients = []
-        for parameter, count in zip(parameters, used.tolist(), strict=True):
-            if count and parameter.grad is None:
-                parameter.grad = torch.zeros(parameter.shape)
-            if parameter.grad is not None:
-                if parameter.grad.is_sparse:
-                    raise OptcpuError(
-                        "sparse gradients cannot be added up over several processes: make the embedding "
-                        "with sparse=False"
-                    )
-                gradients.append(parameter.grad)
+        for parameter, (used, wide) in zip(parameters, found.tolist(), strict=True):
+            if not used:
+                continue
+            # The same in all processes, which would differ by rounding, and in what they send at a time.
+            dtype = parameter.dtype if wide else torch.bfloat16
+            if parameter.grad is None:
+                parameter.grad = torch.zeros(parameter.shape, dtype=dtype)
+            elif parameter.grad.is_sparse:
+                raise OptcpuError(
+                    "sparse gradients cannot be added up over several processes: make the embedding "
+                    "with sparse=False"
+                )
+            elif parameter.grad.dtype != dtype:
+                parameter.grad = parameter.grad.to(dtype)
+            gradients.append(parameter.grad)
         self.sum_tensors(gradients)
 
     @torch.no_grad()
@@ -193,6 +198,12 @@ def _leave() -> None:
 
 class LostProcess(OptcpuError):
     """Another process of a distributed run has ended or cannot be reached."""
+
+
+def _has_gradient(parameter: nn.Parameter) -> tuple[bool, bool]:
+    """Whether it has one, and one of its own dtype, where one of a stored weight may be BF16."""
+    gradient = parameter.grad
+    return gradient is not None, gradient is not None and gradient.dtype == parameter.dtype
 
 
 def _buckets(tensors: list[Tensor]) -> Iterable[list[Tensor]]:

@@ -82,6 +82,18 @@ def test_around_an_optimized_model(process_group: None, options: dict[str, Any])
     torch.testing.assert_close(results[1][1], results[0][1], rtol=0, atol=0)
 
 
+def test_a_gradient_from_before_is_added_to(process_group: None) -> None:
+    gradients = []
+    for wrap in (False, True):
+        model = make_model()
+        optcpu.optimize(model, torch.optim.SGD(model.parameters(), lr=0.1), precision="bf16")
+        x = torch.randn(8, 12, generator=torch.Generator().manual_seed(1))
+        model(x).square().sum().backward()
+        (DistributedDataParallel(model) if wrap else model)(x).square().sum().backward()
+        gradients.append([p.grad.float() for p in model.parameters()])
+    torch.testing.assert_close(gradients[1], gradients[0], rtol=0.01, atol=0.01)
+
+
 def test_within_an_optimized_model(process_group: None) -> None:
     """What it wraps is compiled; restored, it is as before."""
     plain, inner = make_model(), make_model()

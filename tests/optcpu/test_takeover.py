@@ -18,6 +18,7 @@ from optcpu.optim import SGD, AdamW, Lamb, Lookahead
 from optcpu.optim.base import StoredOptimizer
 from optcpu.optim.weights import StoredWeight
 from optcpu.optimize import compiled_call
+from optcpu.takeover import widen_gradients
 
 pytestmark = pytest.mark.filterwarnings("ignore:this processor has no BF16")
 
@@ -320,6 +321,44 @@ def test_other_shapes_within_an_accumulation_are_compiled(weights: Any) -> None:
     torch.testing.assert_close(
         gradients[1] - gradients[0], model[0].weight.grad.float(), rtol=0.1, atol=2e-3
     )
+
+
+@pytest.mark.parametrize("weights", ["split", "bf16"])
+@pytest.mark.parametrize("change", ["in place", "step"])
+def test_a_weight_that_changes_before_backward_is_told(weights: Any, change: str) -> None:
+    """As plain PyTorch does, which cannot compute that gradient any more either."""
+    model = network()
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    optcpu.optimize(model, optimizer, precision="bf16", weights=weights)
+    ((x, y),) = batches(1)
+    F.cross_entropy(model(x), y).backward()
+    loss = F.cross_entropy(model(x), y)
+    if change == "step":
+        optimizer.step()
+    else:
+        with torch.no_grad():
+            model[2].weight.mul_(2)
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        loss.backward()
+    F.cross_entropy(model(x), y).backward()
+
+
+@pytest.mark.skipif(not hasattr(Tensor, "grad_dtype"), reason="gradients have the weight's dtype")
+def test_wide_gradients_of_many_batches_lose_nothing() -> None:
+    """The sum of as many in BF16 is off by percents."""
+    model = network()
+    optcpu.optimize(model, torch.optim.SGD(model.parameters(), lr=0.1), precision="bf16")
+    ((x, y),) = batches(1)
+    F.cross_entropy(model(x), y).backward()
+    weight = model[0].weight
+    one = weight.grad.float()
+    assert weight.grad.dtype == torch.bfloat16
+    widen_gradients(p for p in model.parameters() if isinstance(p, StoredWeight))
+    torch.testing.assert_close(weight.grad, one, rtol=0, atol=0)
+    for _ in range(299):
+        F.cross_entropy(model(x), y).backward()
+    assert weight.grad.dtype == torch.float32
+    torch.testing.assert_close(weight.grad, 300 * one, rtol=1e-4, atol=1e-4)
 
 
 def test_compiled_code_of_stored_weights_is_found_again(

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import warnings
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +14,7 @@ from training import Losses, assert_equal, small_data, small_model, small_traine
 import optcpu
 from optcpu import Trainer
 from optcpu.errors import OptcpuError
+from optcpu.optim.weights import StoredWeight
 from optcpu.optimize import compiled_call
 from optcpu.runtime import Callback
 from optcpu.runtime.build import update_in_backward
@@ -211,6 +213,19 @@ def test_a_model_that_is_compiled_otherwise_is_refused() -> None:
     ):
         with pytest.raises(OptcpuError, match=r"compiled already, with .*: call optcpu.restore"):
             small_trainer(model, **{"compile": True, **given})
+
+
+@pytest.mark.skipif(not hasattr(torch.Tensor, "grad_dtype"), reason="gradients are FP32 anyway")
+@pytest.mark.parametrize(("accumulation", "expected"), [(32, None), (33, torch.float32)])
+def test_gradients_of_many_micro_batches_are_added_up_in_fp32(
+    accumulation: int, expected: torch.dtype | None
+) -> None:
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "this processor has no BF16")
+        trainer = small_trainer(precision="bf16", accumulation_steps=accumulation, compile=True)
+    stored = [p for p in trainer.model.parameters() if isinstance(p, StoredWeight)]
+    assert stored
+    assert {p.grad_dtype for p in stored} == {expected}
 
 
 def test_update_in_backward_is_for_one_process() -> None:

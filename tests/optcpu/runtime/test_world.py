@@ -16,6 +16,8 @@ from training import small_trainer
 
 import optcpu
 from optcpu.errors import OptcpuError
+from optcpu.optim.formats import Format
+from optcpu.optim.weights import store_weights
 from optcpu.runtime.world import World
 
 HERE = Path(__file__).parent
@@ -111,6 +113,28 @@ def test_a_lost_process_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
     told = r"process 0 of 2 cannot .* \(Connection closed by peer .*4242\).* from the newest checkpoint"
     with pytest.raises(OptcpuError, match=told):
         World(0, 2).sum_numbers(1.0)
+
+
+@pytest.mark.skipif(not hasattr(torch.Tensor, "grad_dtype"), reason="gradients are FP32 anyway")
+@pytest.mark.parametrize("mine", [None, torch.bfloat16, torch.float32])
+@pytest.mark.parametrize("theirs", [torch.bfloat16, torch.float32])
+def test_gradients_have_the_same_dtype_in_all_processes(
+    mine: torch.dtype | None, theirs: torch.dtype, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Else they would differ by rounding, and in what they send at a time."""
+    model = torch.nn.Linear(3, 2, bias=False)
+    store_weights(model, model.parameters(), Format.SPLIT)
+    if mine is not None:
+        model.weight.grad = torch.ones(2, 3, dtype=mine)
+    other = [torch.tensor([[1.0, theirs == torch.float32]]), torch.ones(6)]
+
+    def all_reduce(tensor: torch.Tensor) -> None:
+        tensor += other.pop(0)
+
+    monkeypatch.setattr(torch.distributed, "all_reduce", all_reduce)
+    World(0, 2).sum_gradients(model.parameters())
+    assert model.weight.grad.dtype == (torch.float32 if mine == torch.float32 else theirs)
+    assert model.weight.grad.tolist() == [[1.0 if mine is None else 2.0] * 3] * 2
 
 
 @pytest.mark.slow
