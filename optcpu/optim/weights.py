@@ -209,9 +209,8 @@ class StoredWeight(Tensor):
         return _plain(self)
 
     def __reduce_ex__(self, protocol: Any) -> Any:
-        if isinstance(
-            self.high, FakeTensor
-        ):  # part of a cache's key in PyTorch 2.8, which knows these
+        if isinstance(self.high, FakeTensor):
+            # Never loaded again: it is part of a cache's key in PyTorch 2.8.
             return StoredWeight, (self.high, self.low, self.requires_grad)
         plain = _plain(self)
         plain.__dict__.update(_marks(self))
