@@ -2,10 +2,10 @@
 
 PyTorch on CPU carries two GEMM libraries: MKL (``aten.mm`` in FP32) and oneDNN
 (``mkldnn._linear_pointwise``, and ``aten.mm`` in BF16), and oneDNN is faster still on a weight that was
-reordered into its blocked layout first. For the gradient of a weight there is a kernel of this library's
-own (:mod:`passes.native`). Which one wins depends on the processor, the shape, the dtype
-and the number of threads; so the first product of every kind is measured and the choice remembered,
-in the process and in a file that later processes read.
+reordered into its blocked layout first. For processors that multiply BF16 in vector registers there is a
+kernel of this library's own (:mod:`passes.native`). Which one wins depends on the processor, the shape,
+the dtype and the number of threads; so the first product of every kind is measured and the choice
+remembered, in the process and in a file that later processes read.
 """
 
 from __future__ import annotations
@@ -40,8 +40,8 @@ _BEATEN = 1.3  # times slower than the fastest: not worth another round where on
 _TIE = 1.05  # times this close to each other count as equal
 _SECONDS_PER_PRODUCT = 0.25
 _VECTOR = 16  # FP32 numbers in the longest vector register
-# A product is measured on a part of it that takes at least so many multiply-adds and numbers.
-_ENOUGH_WORK, _BEYOND_CACHES = 2**32, 2**23
+# A product is measured on a part of it that takes at least so many multiply-adds and bytes.
+_ENOUGH_WORK, _BEYOND_CACHES = 2**32, 2**25
 
 
 def _aten(a: Tensor, b: Tensor) -> Tensor:
@@ -60,13 +60,7 @@ def _onednn_packed(a: Tensor, b: Tensor) -> Tensor:
 
 
 def _own(a: Tensor, b: Tensor) -> Tensor:
-    if not _own_takes(a, b):
-        raise RuntimeError("the library's own kernel multiplies transposed rows by rows only")
-    return native.weight_gradient(a.t(), b, a.dtype)
-
-
-def _own_takes(a: Tensor, b: Tensor) -> bool:
-    return _order(a) + _order(b) == "tn" and "own" in kernels(a.dtype)
+    return native.matmul(a, b)
 
 
 def packed_for(x: Tensor, weight: Tensor) -> Tensor:
@@ -90,7 +84,7 @@ def kernels(dtype: torch.dtype) -> dict[str, Kernel]:
     if dtype == torch.bfloat16 and not torch.ops.mkldnn._is_mkldnn_bf16_supported():
         return {"aten": _aten}
     found: dict[str, Kernel] = {"aten": _aten, "onednn": _onednn, "onednn-packed": _onednn_packed}
-    if dtype == torch.bfloat16 and native.weight_gradient_available():
+    if dtype == torch.bfloat16 and native.matmul_available():
         found["own"] = _own
     return found
 
@@ -105,14 +99,14 @@ def matmul(a: Tensor, b: Tensor) -> Tensor:
     Returns:
         Shape (M, N), same dtype, row-major.
     """
-    preferred = "own" if _own_takes(a, b) else "aten"
-    return kernels(a.dtype)[fastest(a, b, preferred)](a, b)
+    return kernels(a.dtype)[fastest(a, b, preferred="aten")](a, b)
 
 
 def fastest(a: Tensor, b: Tensor, preferred: str) -> str:
     """The name of the fastest kernel for ``a @ b``; small products are not worth a search.
 
-    ``preferred`` wins a tie: oneDNN where something follows the product that it alone can fuse.
+    A tie is won by the library's own kernel, whose bits do not depend on the number of threads, and where
+    there is none by ``preferred``: oneDNN if something follows the product that it can fuse.
     """
     available = kernels(a.dtype)
     if len(available) == 1 or is_small(a.shape[0] * b.numel(), a.dtype):
@@ -125,13 +119,13 @@ def fastest(a: Tensor, b: Tensor, preferred: str) -> str:
 
 def _measured(a: Tensor, b: Tensor, preferred: str) -> str:
     """The fastest kernel, found on a part of ``a @ b`` where the whole takes long."""
-    m, k, n = sample_sizes(a.shape[0], b.shape[0], b.shape[1])
+    m, k, n = sample_sizes(a.shape[0], b.shape[0], b.shape[1], a.element_size())
     a, b = _corner(a, m, k), _corner(b, k, n)
     runs = {name: functools.partial(kernel, a, b) for name, kernel in kernels(a.dtype).items()}
-    return measure(runs, preferred)
+    return measure(runs, "own" if "own" in runs else preferred)
 
 
-def sample_sizes(m: int, k: int, n: int) -> tuple[int, int, int]:
+def sample_sizes(m: int, k: int, n: int, bytes_each: int) -> tuple[int, int, int]:
     """Sizes of a product that takes less time, on which the kernels compare as on one of (m, k, n).
 
     The longest is halved as long as there is work enough and the matrices fit no cache.
@@ -145,7 +139,7 @@ def sample_sizes(m: int, k: int, n: int) -> tuple[int, int, int]:
             smaller = m, half, n
         else:
             smaller = m, k, half
-        if _numbers(*smaller) < _BEYOND_CACHES <= _numbers(m, k, n):
+        if _numbers(*smaller) * bytes_each < _BEYOND_CACHES <= _numbers(m, k, n) * bytes_each:
             break
         m, k, n = smaller
     return m, k, n
@@ -292,7 +286,7 @@ def _adopted() -> dict[str, str]:
 
 def cache_file() -> Path:
     """Where choices are remembered: one file for each machine type and version of PyTorch."""
-    return cache.folder() / f"gemm3-{cache.machine()}.json"
+    return cache.folder() / f"gemm4-{cache.machine()}.json"
 
 
 @functools.cache

@@ -1,6 +1,6 @@
 """C++ kernels for products that neither PyTorch's operators nor generated code reach.
 
-Where one cannot be built (:mod:`passes.build`), its Python counterpart does the same more slowly.
+Where one cannot be built (:mod:`passes.build`), PyTorch's libraries do the same more slowly.
 """
 
 from __future__ import annotations
@@ -15,60 +15,94 @@ from torch import Tensor
 from passes.build import load
 
 
-def weight_gradient_available() -> bool:
-    """Whether :func:`weight_gradient` can run here; builds the kernel if need be."""
-    return _weight_gradient_library() is not None
+def matmul_available() -> bool:
+    """Whether :func:`matmul` can run here; builds the kernel if need be."""
+    return _library() is not None
 
 
-def weight_gradient(gradient: Tensor, x: Tensor, dtype: torch.dtype = torch.float32) -> Tensor:
-    """``gradient.T @ x`` from BF16 operands, summed in FP32 and rounded once, or not.
+def matmul(
+    a: Tensor,
+    b: Tensor,
+    *,
+    bias: Tensor | None = None,
+    residual: Tensor | None = None,
+    relu: bool = False,
+    dtype: torch.dtype = torch.bfloat16,
+) -> Tensor:
+    """``a @ b + bias + residual`` from BF16 matrices, summed in FP32 and rounded once, or not.
 
-    The bits do not depend on the number of threads.
+    The bits do not depend on the number of threads, nor those of a row on the other rows.
 
     Args:
-        gradient: shape (M, N), BF16.
-        x: shape (M, K), BF16.
+        a: shape (M, K), BF16; any strides.
+        b: shape (K, N), BF16; any strides.
+        bias: shape (N,), FP32 or BF16.
+        residual: shape (M, N), BF16.
+        relu: whether only the positive part is wanted.
         dtype: of the result: BF16 or FP32.
 
     Returns:
-        Shape (N, K), ``dtype``.
+        Shape (M, N), ``dtype``, row-major.
 
     Raises:
         RuntimeError: the kernel is not available.
     """
-    library = _weight_gradient_library()
+    library = _library()
     if library is None:
-        raise RuntimeError("the weight gradient kernel could not be built on this machine")
-    gradient, x = gradient.contiguous(), x.contiguous()
-    (batch, out), width = gradient.shape, x.shape[1]
-    gradient_panels = _panels(gradient, library.rows_of_tile())
-    x_panels = _panels(x, library.columns_of_tile())
-    result = torch.empty(out, width, dtype=dtype, device="cpu")
-    kernels = {
-        torch.bfloat16: library.weight_gradient_bf16,
-        torch.float32: library.weight_gradient_fp32,
-    }
-    kernels[dtype](
-        *(ctypes.c_void_p(t.data_ptr()) for t in (gradient, x, result)),
-        *(ctypes.c_int64(size) for size in (batch, out, width)),
-        *(ctypes.c_void_p(t.data_ptr()) for t in (gradient_panels, x_panels)),
+        raise RuntimeError("the kernel for products in BF16 could not be built on this machine")
+    (rows, depth), columns = a.shape, b.shape[1]
+    result = torch.empty(rows, columns, dtype=dtype, device="cpu")
+    if result.numel() == 0:
+        return result
+    a, b = (one if _is_row_major(one) else _column_major(one) for one in (a, b))
+    bias = None if bias is None else bias.float().contiguous()
+    residual = None if residual is None else residual.contiguous()
+    height = library.rows_of_tile()
+    tiles = None
+    if not _is_row_major(a):
+        tiles = a.new_empty(-(-rows // height) * height * (depth + depth % 2))
+    kernel = {torch.bfloat16: library.matmul_bf16, torch.float32: library.matmul_fp32}[dtype]
+    kernel(
+        *_described(a),
+        *_described(b),
+        _address(bias),
+        _address(residual),
+        ctypes.c_int64(relu),
+        _address(result),
+        *(ctypes.c_int64(size) for size in (rows, columns, depth)),
+        _address(tiles),
     )
     return result
 
 
-def _panels(matrix: Tensor, width: int) -> Tensor:
-    """Memory for ``matrix`` with an even number of rows, and whole panels of ``width`` columns."""
-    rows, columns = matrix.shape
-    return matrix.new_empty((rows + rows % 2) * -(-columns // width) * width)
+def _is_row_major(matrix: Tensor) -> bool:
+    return matrix.stride(1) == 1 or matrix.shape[1] == 1
+
+
+def _column_major(matrix: Tensor) -> Tensor:
+    if matrix.stride(0) == 1 or matrix.shape[0] == 1:
+        return matrix
+    return matrix.t().contiguous().t()
+
+
+def _described(matrix: Tensor) -> tuple[ctypes.c_void_p, ctypes.c_int64, ctypes.c_int64]:
+    """The address, the distance of rows, or of columns if it is column-major, and whether it is."""
+    transposed = not _is_row_major(matrix)
+    leading = matrix.stride(1 if transposed else 0)
+    return _address(matrix), ctypes.c_int64(leading), ctypes.c_int64(transposed)
+
+
+def _address(tensor: Tensor | None) -> ctypes.c_void_p:
+    return ctypes.c_void_p(None if tensor is None else tensor.data_ptr())
 
 
 @functools.cache
-def _weight_gradient_library() -> ctypes.CDLL | None:
+def _library() -> ctypes.CDLL | None:
     """The compiled kernel; None where it cannot be built or the processor has no BF16."""
     if not torch.cpu._is_avx512_bf16_supported():
         return None
-    library = load(Path(__file__).parent / "kernels" / "weight_gradient.cpp")
+    library = load(Path(__file__).parent / "kernels" / "matmul.cpp")
     if library is not None:
-        library.rows_of_tile.restype = library.columns_of_tile.restype = ctypes.c_int64
-        library.weight_gradient_bf16.restype = library.weight_gradient_fp32.restype = None
+        library.rows_of_tile.restype = ctypes.c_int64
+        library.matmul_bf16.restype = library.matmul_fp32.restype = None
     return library

@@ -114,7 +114,7 @@ def _mm(a: Tensor, b: Tensor) -> Tensor:
 
 
 def _linear(x: Tensor, weight: Tensor, bias: Tensor | None, activation: str) -> Tensor:
-    """``activation(x @ weight.T + bias)`` in one kernel where oneDNN is the fastest.
+    """``activation(x @ weight.T + bias)``, in one kernel where a library that can do so is the fastest.
 
     Args:
         x: shape (M, K), FP32 or BF16.
@@ -128,19 +128,16 @@ def _linear(x: Tensor, weight: Tensor, bias: Tensor | None, activation: str) -> 
     by_kept = packed.product(x, weight, bias, activation)
     if by_kept is not None:
         return by_kept
-    laid_out = _weight_for_onednn(x, weight)
-    if laid_out is None:
+    kernel = fastest(x, weight.t(), preferred="onednn")
+    if kernel == "own":
+        relu = activation == "relu"
+        product = native.matmul(x, weight.t(), bias=bias, relu=relu)
+        return product if relu else activate(product, activation)
+    if kernel == "aten":
         return _unfused_linear(x, weight, bias, activation)
+    laid_out = packed_for(x, weight) if kernel == "onednn-packed" else weight
     result: Tensor = torch.ops.mkldnn._linear_pointwise(x, laid_out, bias, *post_op(activation))
     return result
-
-
-def _weight_for_onednn(x: Tensor, weight: Tensor) -> Tensor | None:
-    """``weight`` in the layout in which oneDNN is the fastest; None where ATen is faster."""
-    kernel = fastest(x, weight.t(), preferred="onednn")
-    if kernel == "aten":
-        return None
-    return packed_for(x, weight) if kernel == "onednn-packed" else weight
 
 
 def _unfused_linear(x: Tensor, weight: Tensor, bias: Tensor | None, activation: str) -> Tensor:
@@ -176,9 +173,12 @@ def _linear_add(x: Tensor, weight: Tensor, bias: Tensor | None, residual: Tensor
     by_kept = packed.product(x, weight, bias, residual=residual)
     if by_kept is not None:
         return by_kept
-    laid_out = _weight_for_onednn(x, weight)
-    if laid_out is None:
+    kernel = fastest(x, weight.t(), preferred="onednn")
+    if kernel == "own":
+        return native.matmul(x, weight.t(), bias=bias, residual=residual)
+    if kernel == "aten":
         return _unfused_linear(x, weight, bias, "none").add_(residual)
+    laid_out = packed_for(x, weight) if kernel == "onednn-packed" else weight
     return linear_add_by_onednn(x, laid_out, bias, residual)
 
 
@@ -234,9 +234,9 @@ def _weight_gradient(gradient: Tensor, x: Tensor, dtype: torch.dtype) -> Tensor:
         return matmul(transposed, x).to(dtype)
 
     def wide() -> Tensor:
-        return native.weight_gradient(gradient, x)
+        return native.matmul(transposed, x, dtype=dtype)
 
-    if is_small(gradient.numel() * x.shape[1], x.dtype) or not native.weight_gradient_available():
+    if is_small(gradient.numel() * x.shape[1], x.dtype) or not native.matmul_available():
         return narrow()
     key = f"fp32 {shape_key(transposed, x)}"
     return wide() if choose(key, {"narrow": narrow, "wide": wide}, "wide") == "wide" else narrow()

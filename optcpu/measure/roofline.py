@@ -130,6 +130,8 @@ def _gemm_rates(dtype: torch.dtype) -> Iterator[tuple[str, float]]:
     libraries = {"aten": _aten, "onednn": _onednn}
     if "onednn-packed" not in gemm.kernels(dtype):
         del libraries["onednn"]
+    if "own" in gemm.kernels(dtype):
+        libraries["optcpu"] = _own
     for library, product in libraries.items():
         rates = []
         for rows, width in _GEMM_SHAPES:
@@ -147,6 +149,10 @@ def _onednn(x: Tensor, weight: Tensor) -> Callable[[], object]:
     packed = gemm.packed_for(x, weight)
     linear = torch.ops.mkldnn._linear_pointwise
     return lambda: linear(x, packed, None, *gemm.NO_POST_OP)
+
+
+def _own(x: Tensor, weight: Tensor) -> Callable[[], object]:
+    return lambda: gemm.kernels(x.dtype)["own"](x, weight.t())
 
 
 def _bandwidth() -> float:

@@ -40,6 +40,16 @@ def test_without_onednn(monkeypatch: pytest.MonkeyPatch) -> None:
     assert set(limits_here(threads=1).gemm["fp32"]) == {"aten"}
 
 
+@pytest.mark.usefixtures("brief")
+@pytest.mark.skipif(
+    "own" not in roofline.gemm.kernels(torch.bfloat16), reason="needs AVX512_BF16 and a compiler"
+)
+def test_the_kernel_of_optcpu_is_measured_too() -> None:
+    x, weight = torch.randn(8, 32).bfloat16(), torch.randn(32, 32).bfloat16()
+    torch.testing.assert_close(roofline._own(x, weight)(), x @ weight.t())
+    assert "optcpu" in dict(roofline._gemm_rates(torch.bfloat16))
+
+
 def test_both_libraries_compute_the_same_product() -> None:
     if "onednn-packed" not in roofline.gemm.kernels(torch.float32):
         pytest.skip("this build of PyTorch has no oneDNN")

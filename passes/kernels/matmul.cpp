@@ -1,0 +1,434 @@
+// Products of BF16 matrices, summed in FP32 and rounded once, or not.
+//
+// Two numbers that follow each other along the summed dimension are one pair of 32 bits, which a dot-product
+// instruction multiplies and adds at once. A panel of the right matrix, 64 columns wide, is brought into
+// such pairs by the thread that multiplies it; all rows of a block are multiplied by it while it lies in the
+// second-level cache, and meanwhile what comes next is fetched. A row-major left matrix has its pairs already.
+
+#include <ATen/Parallel.h>
+#include <c10/util/BFloat16.h>
+#include <immintrin.h>
+
+#include <algorithm>
+#include <cstdint>
+#include <limits>
+#include <memory>
+#include <type_traits>
+
+using bf16 = c10::BFloat16;
+using pair = uint32_t;
+using unaligned_pair [[gnu::aligned(2), gnu::may_alias]] = uint32_t;
+using half_pair [[gnu::may_alias]] = uint16_t;
+
+namespace {
+
+// A tile of the result lies in registers while it is summed: 24 of 32 registers.
+constexpr int kRows = 6;
+constexpr int kVectors = 4;
+constexpr int kLanes = 16;
+constexpr int kColumns = kVectors * kLanes;
+
+constexpr int64_t kDepth = 512;  // pairs that are summed before the next tile: a panel of 128 KiB
+constexpr int64_t kMostTiles = 128;  // tiles, one below the other, that share a panel
+constexpr int64_t kLeastTiles = 8;   // with fewer, bringing a panel into pairs would take too long
+constexpr int64_t kStreamed = 4 << 20;  // bytes; a smaller result may be read from the caches
+constexpr int64_t kLine = 32;           // BF16 numbers in a cache line
+
+int64_t blocks(int64_t length, int64_t block) { return (length + block - 1) / block; }
+
+// A mask of the first `count` lanes, of 32 at most.
+__mmask32 first(int64_t count) {
+  return static_cast<__mmask32>((uint64_t{1} << std::clamp<int64_t>(count, 0, 32)) - 1);
+}
+
+// The low or high half of 32 numbers, each in the lower half of 32 bits.
+__m512i half(__m512i numbers, bool high) {
+  return _mm512_cvtepu16_epi32(high ? _mm512_extracti64x4_epi64(numbers, 1)
+                                    : _mm512_castsi512_si256(numbers));
+}
+
+__m512 widened(__m256i numbers) {
+  return (__m512)_mm512_slli_epi32(_mm512_cvtepu16_epi32(numbers), 16);
+}
+
+using Row = __m512[kVectors];
+
+inline __attribute__((always_inline)) __m512i rounded(const Row& numbers, int v) {
+  return (__m512i)_mm512_cvtne2ps_pbh(numbers[v + 1], numbers[v]);
+}
+
+// Stores what is present of a row of a tile.
+inline __attribute__((always_inline)) void store(const Row& numbers,
+                                                 const __mmask16 (&present)[kVectors],
+                                                 float* target) {
+#pragma GCC unroll 4
+  for (int v = 0; v < kVectors; v++)
+    _mm512_mask_storeu_ps(target + v * kLanes, present[v], numbers[v]);
+}
+
+inline __attribute__((always_inline)) void store(const Row& numbers,
+                                                 const __mmask16 (&present)[kVectors],
+                                                 bf16* target) {
+#pragma GCC unroll 2
+  for (int v = 0; v < kVectors; v += 2)
+    _mm512_mask_storeu_epi16(target + v * kLanes, _mm512_kunpackw(present[v + 1], present[v]),
+                             rounded(numbers, v));
+}
+
+// Stores a whole row of a tile past the caches.
+inline __attribute__((always_inline)) void stream(const Row& numbers, float* target) {
+#pragma GCC unroll 4
+  for (int v = 0; v < kVectors; v++) _mm512_stream_ps(target + v * kLanes, numbers[v]);
+}
+
+inline __attribute__((always_inline)) void stream(const Row& numbers, bf16* target) {
+#pragma GCC unroll 2
+  for (int v = 0; v < kVectors; v += 2)
+    _mm512_stream_si512(reinterpret_cast<__m512i*>(target + v * kLanes), rounded(numbers, v));
+}
+
+// A matrix as it is given: `leading` numbers lie between its rows, or between its columns if transposed.
+struct Matrix {
+  const bf16* numbers;
+  int64_t leading;
+  bool transposed;
+
+  const bf16* at(int64_t row, int64_t column) const {
+    return numbers + (transposed ? column * leading + row : row * leading + column);
+  }
+};
+
+// panel[p][column] = (source[2p][column], source[2p + 1][column]), for `depth` rows and `columns` columns;
+// what lies beyond them is zero.
+void pair_rows(const bf16* source, int64_t leading, int64_t depth, int64_t columns, pair* panel) {
+  const __mmask32 present[] = {first(columns), first(columns - 2 * kLanes)};
+  for (int64_t p = 0; p < blocks(depth, 2); p++, source += 2 * leading, panel += kColumns) {
+    const bool has_second = 2 * p + 1 < depth;
+#pragma GCC unroll 2
+    for (int i = 0; i < 2; i++) {
+      const int64_t lane = i * 2 * kLanes;
+      const __m512i low = _mm512_maskz_loadu_epi16(present[i], source + lane);
+      const __m512i high =
+          _mm512_maskz_loadu_epi16(has_second ? present[i] : 0, source + leading + lane);
+#pragma GCC unroll 2
+      for (int upper = 0; upper < 2; upper++)
+        _mm512_store_si512(panel + lane + upper * kLanes,
+                           _mm512_or_si512(half(low, upper),
+                                           _mm512_slli_epi32(half(high, upper), 16)));
+    }
+  }
+}
+
+// Transposes 16 x 16 pairs.
+inline __attribute__((always_inline)) void transpose(__m512i (&rows)[kLanes]) {
+  __m512i mixed[kLanes];
+#pragma GCC unroll 8
+  for (int i = 0; i < 8; i++) {
+    mixed[2 * i] = _mm512_unpacklo_epi32(rows[2 * i], rows[2 * i + 1]);
+    mixed[2 * i + 1] = _mm512_unpackhi_epi32(rows[2 * i], rows[2 * i + 1]);
+  }
+#pragma GCC unroll 4
+  for (int i = 0; i < kLanes; i += 4) {
+    rows[i] = _mm512_unpacklo_epi64(mixed[i], mixed[i + 2]);
+    rows[i + 1] = _mm512_unpackhi_epi64(mixed[i], mixed[i + 2]);
+    rows[i + 2] = _mm512_unpacklo_epi64(mixed[i + 1], mixed[i + 3]);
+    rows[i + 3] = _mm512_unpackhi_epi64(mixed[i + 1], mixed[i + 3]);
+  }
+#pragma GCC unroll 4
+  for (int i = 0; i < 4; i++) {
+    mixed[i] = _mm512_shuffle_i32x4(rows[i], rows[i + 4], 0x88);
+    mixed[i + 4] = _mm512_shuffle_i32x4(rows[i], rows[i + 4], 0xdd);
+    mixed[i + 8] = _mm512_shuffle_i32x4(rows[i + 8], rows[i + 12], 0x88);
+    mixed[i + 12] = _mm512_shuffle_i32x4(rows[i + 8], rows[i + 12], 0xdd);
+  }
+#pragma GCC unroll 4
+  for (int i = 0; i < 4; i++) {
+    rows[i] = _mm512_shuffle_i32x4(mixed[i], mixed[i + 8], 0x88);
+    rows[i + 8] = _mm512_shuffle_i32x4(mixed[i], mixed[i + 8], 0xdd);
+    rows[i + 4] = _mm512_shuffle_i32x4(mixed[i + 4], mixed[i + 12], 0x88);
+    rows[i + 12] = _mm512_shuffle_i32x4(mixed[i + 4], mixed[i + 12], 0xdd);
+  }
+}
+
+// The same from the transposed source: panel[p][column] = (source[column][2p], source[column][2p + 1]).
+void pair_columns(const bf16* source, int64_t leading, int64_t depth, int64_t columns,
+                  pair* panel) {
+  const int64_t pairs = blocks(depth, 2);
+  for (int64_t lane = 0; lane < kColumns; lane += kLanes, source += kLanes * leading) {
+    for (int64_t p = 0; p < pairs; p += kLanes) {
+      const __mmask32 present = first(depth - 2 * p);
+      __m512i rows[kLanes];
+#pragma GCC unroll 16
+      for (int i = 0; i < kLanes; i++)
+        rows[i] = _mm512_maskz_loadu_epi16(lane + i < columns ? present : 0,
+                                           source + i * leading + 2 * p);
+      transpose(rows);
+      pair* target = panel + p * kColumns + lane;
+      const int64_t count = pairs - p;
+#pragma GCC unroll 16
+      for (int i = 0; i < kLanes; i++)
+        if (i < count) _mm512_store_si512(target + i * kColumns, rows[i]);
+    }
+  }
+}
+
+// The left matrix, as a tile reads it: pair p of row r of tile i is at numbers + i * tile + r * row + p * next.
+struct Left {
+  const bf16* numbers;
+  int64_t tile, row, next;
+};
+
+// What a thread works in, both in its second-level cache.
+struct Scratch {
+  alignas(64) pair panel[kDepth * kColumns];
+  __m512 sums[kMostTiles * kRows * kVectors];  // of a block that are not complete yet
+};
+
+// What is multiplied, what is added to it, and where the result goes.
+template <typename Number>
+struct Product {
+  Left left;
+  Matrix right;
+  const float* bias;      // of each column, or null
+  const bf16* residual;   // of the result's shape, or null
+  bool relu;
+  Number* result;
+  int64_t rows, columns, depth;
+  bool streamed;
+
+  int64_t across() const { return blocks(columns, kColumns); }
+
+  // Writes R rows of sums, past the caches if `streamed`: then all columns of the tile are there.
+  template <int R>
+  inline __attribute__((always_inline)) void finish(__m512 (&sums)[R][kVectors], int64_t row,
+                                                    int64_t column) const {
+    const int64_t distance = columns;
+    __mmask16 present[kVectors];
+#pragma GCC unroll 4
+    for (int v = 0; v < kVectors; v++)
+      present[v] = static_cast<__mmask16>(first(distance - column - v * kLanes));
+    if (bias != nullptr) {
+#pragma GCC unroll 4
+      for (int v = 0; v < kVectors; v++) {
+        const __m512 added = _mm512_maskz_loadu_ps(present[v], bias + column + v * kLanes);
+#pragma GCC unroll 6
+        for (int r = 0; r < R; r++) sums[r][v] += added;
+      }
+    }
+    if (residual != nullptr) {
+      const bf16* source = residual + row * distance + column;
+#pragma GCC unroll 6
+      for (int r = 0; r < R; r++)
+#pragma GCC unroll 4
+        for (int v = 0; v < kVectors; v++)
+          sums[r][v] += widened(_mm256_maskz_loadu_epi16(present[v],
+                                                         source + r * distance + v * kLanes));
+    }
+    if (relu) {
+#pragma GCC unroll 6
+      for (int r = 0; r < R; r++)
+#pragma GCC unroll 4
+        for (int v = 0; v < kVectors; v++)
+          sums[r][v] = _mm512_max_ps(_mm512_setzero_ps(), sums[r][v]);  // keeps NaN
+    }
+    Number* target = result + row * distance + column;
+    if (streamed && column + kColumns <= distance) {
+#pragma GCC unroll 6
+      for (int r = 0; r < R; r++) stream(sums[r], target + r * distance);
+    } else {
+#pragma GCC unroll 6
+      for (int r = 0; r < R; r++) store(sums[r], present, target + r * distance);
+    }
+  }
+
+  // Adds one pair of each row times one of each column; of the row's pair only as many bits as Bits has.
+  template <typename Bits, int R>
+  inline __attribute__((always_inline)) void multiply(const bf16* factors, const pair* panel,
+                                                      __m512 (&sums)[R][kVectors]) const {
+    __m512i across[kVectors];
+#pragma GCC unroll 4
+    for (int v = 0; v < kVectors; v++) across[v] = _mm512_load_si512(panel + v * kLanes);
+#pragma GCC unroll 6
+    for (int r = 0; r < R; r++) {
+      const auto* bits = reinterpret_cast<const Bits*>(factors + r * left.row);
+      const __m512i factor = _mm512_set1_epi32(static_cast<int>(*bits));
+#pragma GCC unroll 4
+      for (int v = 0; v < kVectors; v++)
+        sums[r][v] = _mm512_dpbf16_ps(sums[r][v], (__m512bh)factor, (__m512bh)across[v]);
+    }
+  }
+
+  // One tile of R rows: goes on from `sums`, or begins; ends with the result, or with `sums`.
+  template <int R>
+  void tile_of(int64_t row, int64_t column, int64_t start, const pair* panel, __m512* sums) const {
+    __m512 numbers[R][kVectors] = {};
+    const int64_t pairs = blocks(depth, 2), end = std::min(pairs, start + kDepth);
+    const bool odd = end > depth / 2;
+    const bf16* factors = left.numbers + row / kRows * left.tile + start * left.next;
+    for (int64_t p = start; p < end - odd; p++, panel += kColumns, factors += left.next)
+      multiply<unaligned_pair>(factors, panel, numbers);
+    if (odd) multiply<half_pair>(factors, panel, numbers);  // what follows is not this row's
+    if (start > 0) {
+#pragma GCC unroll 6
+      for (int r = 0; r < R; r++)
+#pragma GCC unroll 4
+        for (int v = 0; v < kVectors; v++) numbers[r][v] += sums[r * kVectors + v];
+    }
+    if (end == pairs) return finish(numbers, row, column);
+#pragma GCC unroll 6
+    for (int r = 0; r < R; r++)
+#pragma GCC unroll 4
+      for (int v = 0; v < kVectors; v++) sums[r * kVectors + v] = numbers[r][v];
+  }
+
+  void tile(int64_t row, int64_t column, int64_t start, const pair* panel, __m512* sums) const {
+    switch (std::min<int64_t>(kRows, rows - row)) {
+      case 6: return tile_of<6>(row, column, start, panel, sums);
+      case 5: return tile_of<5>(row, column, start, panel, sums);
+      case 4: return tile_of<4>(row, column, start, panel, sums);
+      case 3: return tile_of<3>(row, column, start, panel, sums);
+      case 2: return tile_of<2>(row, column, start, panel, sums);
+      default: return tile_of<1>(row, column, start, panel, sums);
+    }
+  }
+
+  // The part of the right matrix that begins at pair `start` and belongs to one panel.
+  struct Part {
+    int64_t start, column;
+  };
+
+  void into_pairs(Part part, pair* panel) const {
+    const int64_t count = std::min(2 * kDepth, depth - 2 * part.start);
+    const auto pair_up = right.transposed ? pair_columns : pair_rows;
+    pair_up(right.at(2 * part.start, part.column), right.leading, count, columns - part.column,
+            panel);
+  }
+
+  // Fetches the share of a part, [begin, end) of `of`, that is to be in the second-level cache soon.
+  // Inline, since GCC drops calls of functions that do nothing but fetch.
+  inline __attribute__((always_inline)) void fetch(Part part, int64_t begin, int64_t end,
+                                                   int64_t of) const {
+    const int64_t deep = std::min(2 * kDepth, depth - 2 * part.start);
+    const int64_t wide = std::min<int64_t>(kColumns, columns - part.column);
+    const int64_t lines = right.transposed ? wide : deep;
+    const int64_t numbers = right.transposed ? deep : wide;
+    const bf16* source = right.at(2 * part.start, part.column);
+    for (int64_t line = lines * begin / of; line < lines * end / of; line++)
+      for (int64_t number = 0; number < numbers; number += kLine)
+        _mm_prefetch(source + line * right.leading + number, _MM_HINT_T1);
+  }
+
+  // The panels [begin, end) of the result's blocks of `height` tiles, counted along one block after another.
+  void panels(int64_t begin, int64_t end, int64_t height) const {
+    thread_local const auto scratch = std::make_unique<Scratch>();
+    pair* const panel = scratch->panel;
+    __m512* const sums = scratch->sums;
+    const int64_t pairs = blocks(depth, 2);
+    for (int64_t index = begin; index < end; index++) {
+      const int64_t from = index / across() * height * kRows;
+      const int64_t to = std::min(rows, from + height * kRows), tiles = blocks(to - from, kRows);
+      int64_t start = 0;
+      do {  // once at least: a sum of nothing is zero
+        const Part part{start, index % across() * kColumns};
+        into_pairs(part, panel);
+        Part next{start + kDepth, part.column};
+        bool more = true;
+        if (next.start >= pairs) {
+          next = {0, (index + 1) % across() * kColumns};
+          more = index + 1 < end;
+        }
+        for (int64_t i = 0; i < tiles; i++) {
+          if (more) fetch(next, i, i + 1, tiles);
+          tile(from + i * kRows, part.column, start, panel, sums + i * kRows * kVectors);
+        }
+        start += kDepth;
+      } while (start < pairs);
+    }
+    _mm_sfence();  // who reads the result next sees what was streamed
+  }
+
+  // How many tiles high a block is: as many as may share a panel, or fewer that no thread is idle.
+  int64_t height_of_block(int64_t threads) const {
+    const int64_t tiles = blocks(rows, kRows);
+    int64_t best = std::min(tiles, kMostTiles);
+    double least = std::numeric_limits<double>::infinity();
+    for (int64_t down = blocks(tiles, kMostTiles); down <= std::max<int64_t>(1, tiles / kLeastTiles);
+         down++) {
+      const int64_t height = blocks(tiles, down), panels = blocks(tiles, height) * across();
+      const double longest = static_cast<double>(blocks(panels, threads) * height);
+      if (longest < 0.95 * least) best = height, least = longest;
+    }
+    return best;
+  }
+
+  void compute() const {
+    const int64_t height = height_of_block(at::get_num_threads());
+    const int64_t panels_in_all = blocks(blocks(rows, kRows), height) * across();
+    at::parallel_for(0, panels_in_all, 1, [&](int64_t begin, int64_t end) {
+      panels(begin, end, height);
+    });
+  }
+};
+
+// The left matrix in tiles of pairs, from a transposed one; `tiles` holds them.
+Left paired_left(const Matrix& matrix, int64_t rows, int64_t depth, pair* tiles) {
+  constexpr int64_t kNear = 32;  // pairs whose cache lines, shared by several tiles, are still near
+  const int64_t pairs = blocks(depth, 2);
+  at::parallel_for(0, blocks(rows, kRows), 1, [&](int64_t begin, int64_t end) {
+    for (int64_t from = 0; from < pairs; from += kNear)
+      for (int64_t tile = begin; tile < end; tile++) {
+        const auto present = static_cast<__mmask16>(first(std::min<int64_t>(kRows, rows - tile * kRows)));
+        for (int64_t p = from; p < std::min(pairs, from + kNear); p++) {
+          const bf16* even = matrix.at(tile * kRows, 2 * p);
+          const __mmask16 paired = 2 * p + 1 < depth ? present : 0;
+          const __m512i low = _mm512_cvtepu16_epi32(_mm256_maskz_loadu_epi16(present, even));
+          const __m512i high =
+              _mm512_cvtepu16_epi32(_mm256_maskz_loadu_epi16(paired, even + matrix.leading));
+          _mm512_mask_storeu_epi32(tiles + (tile * pairs + p) * kRows,
+                                   static_cast<__mmask16>(first(kRows)),
+                                   _mm512_or_si512(low, _mm512_slli_epi32(high, 16)));
+        }
+      }
+  });
+  return {reinterpret_cast<const bf16*>(tiles), 2 * pairs * kRows, 2, 2 * kRows};
+}
+
+template <typename Number>
+void multiply(const Matrix& left, const Matrix& right, const float* bias, const bf16* residual,
+              bool relu, Number* result, int64_t rows, int64_t columns, int64_t depth,
+              pair* tiles) {
+  constexpr int64_t size = sizeof(Number);
+  const bool aligned = reinterpret_cast<uintptr_t>(result) % 64 == 0 && columns * size % 64 == 0;
+  const Left prepared = left.transposed
+                            ? paired_left(left, rows, depth, tiles)
+                            : Left{left.numbers, kRows * left.leading, left.leading, 2};
+  Product<Number>{prepared, right, bias, residual, relu,
+                  result,   rows,  columns, depth, aligned && rows * columns * size >= kStreamed}
+      .compute();
+}
+
+}  // namespace
+
+// result[rows][columns] = left @ right, plus bias[columns] and residual[rows][columns] where they are not
+// null, and its positive part if `relu`. A matrix is row-major with `leading` numbers from row to row, or
+// column-major if `transposed`. `depth` is summed over. For a transposed left matrix, `tiles` is memory for
+// rows x depth numbers, rounded up to whole tiles of rows_of_tile() rows and to an even depth.
+extern "C" void matmul_bf16(const bf16* left, int64_t left_leading, int64_t left_transposed,
+                            const bf16* right, int64_t right_leading, int64_t right_transposed,
+                            const float* bias, const bf16* residual, int64_t relu, bf16* result,
+                            int64_t rows, int64_t columns, int64_t depth, pair* tiles) {
+  multiply({left, left_leading, left_transposed != 0}, {right, right_leading, right_transposed != 0},
+           bias, residual, relu != 0, result, rows, columns, depth, tiles);
+}
+
+// The same without rounding the sums.
+extern "C" void matmul_fp32(const bf16* left, int64_t left_leading, int64_t left_transposed,
+                            const bf16* right, int64_t right_leading, int64_t right_transposed,
+                            const float* bias, const bf16* residual, int64_t relu, float* result,
+                            int64_t rows, int64_t columns, int64_t depth, pair* tiles) {
+  multiply({left, left_leading, left_transposed != 0}, {right, right_leading, right_transposed != 0},
+           bias, residual, relu != 0, result, rows, columns, depth, tiles);
+}
+
+extern "C" int64_t rows_of_tile() { return kRows; }
+
