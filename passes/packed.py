@@ -197,6 +197,14 @@ def forget(weight: Tensor) -> None:
     _KEPT.pop(weight.untyped_storage().data_ptr(), None)
 
 
+def hand_on(weight: Tensor, successor: Tensor) -> None:
+    """Keep packed copies of ``successor``, for the same owner, if they are kept of ``weight``."""
+    entry = kept(weight)
+    if entry is not None:
+        keep(successor, entry.packing, entry.products, entry.owner())
+        forget(weight)
+
+
 def kept(weight: Tensor) -> _Kept | None:
     """What is kept of ``weight``, or of the tensor that it is a view of; None if nothing is."""
     if not _KEPT:
@@ -238,4 +246,4 @@ def product(
     return None if packed is None else entry.packing.linear(x, packed, bias, activation, residual)
 
 
-__all__ = ["Packing", "forget", "keep", "kept", "product"]
+__all__ = ["Packing", "forget", "hand_on", "keep", "kept", "product"]

@@ -152,9 +152,11 @@ class StoredWeight(Tensor):
             self.assign(numbers.detach())
             return
         new: Tensor = StoredWeight.of(numbers.detach().clone(), self.stored().format)
+        before = self.high
         _become(
             self, nn.Parameter(new, self.requires_grad) if isinstance(self, nn.Parameter) else new
         )
+        packed.hand_on(before, self.high)
 
     def to(self, *args: Any, **kwargs: Any) -> Tensor:
         """See :meth:`torch.Tensor.to`."""

@@ -30,9 +30,18 @@ def make_model() -> nn.Sequential:
     )
 
 
+@pytest.fixture(scope="module")
+def compiled_code(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Of these tests alone: elsewhere small products are written out, in the same graphs."""
+    return tmp_path_factory.mktemp("compiled")
+
+
 @pytest.fixture
-def copies(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[list[Copies]]:
+def copies(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, compiled_code: Path
+) -> Iterator[list[Copies]]:
     """Every product large enough to be kept packed, by a packing that this processor can do."""
+    monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(compiled_code))
     monkeypatch.setattr(packed, "_KEPT", {})  # those of other tests' models may be there yet
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     for dtype in gemm._SMALL:
@@ -122,6 +131,7 @@ WRITES = {
     "in place": edit_all(lambda p: p.mul_(0.9)),
     ".data in place": edit_all(lambda p: p.data.clamp_(-0.05, 0.05)),
     ".data assigned": edit_all(lambda p: setattr(p, "data", 0.9 * p.data)),
+    ".data in another order": edit_all(lambda p: setattr(p, "data", (0.9 * p.data.t()).t())),
     "part of the data": edit_all(lambda p: p.data.view(-1)[:3].zero_()),
     "all at once": lambda model: torch._foreach_mul_(list(model.parameters()), 0.9),
     "some rows at once": lambda model: torch._foreach_mul_(
@@ -150,6 +160,15 @@ def test_whatever_writes_to_a_weight_is_seen(
         runs.append(losses + train(model, optimizer, 3, after=write))
     assert runs[0] == runs[1]
     assert copies[0].packings > 0
+
+
+def test_a_weight_that_is_given_other_memory_stays_packed(copies: list[Copies]) -> None:
+    model, optimizer = optimized("native")
+    first = model[0]
+    first.weight.data = torch.randn(first.weight.shape[::-1]).t()
+    train(model, optimizer, 3)
+    assert packed.kept(first.weight.high).packed
+    optcpu.restore(model)
 
 
 def test_the_model_is_what_it_was(copies: list[Copies]) -> None:
