@@ -46,11 +46,16 @@ def matmul(
 
     Raises:
         RuntimeError: the kernel is not available.
+        ValueError: shapes or dtypes do not fit each other.
     """
     library = _library()
     if library is None:
         raise RuntimeError("the kernel for products in BF16 could not be built on this machine")
     (rows, depth), columns = a.shape, b.shape[1]
+    _check(a, (rows, depth))
+    _check(b, (depth, columns))
+    _check(bias, (columns,), (torch.float32, torch.bfloat16))
+    _check(residual, (rows, columns))
     result = torch.empty(rows, columns, dtype=dtype, device="cpu")
     if result.numel() == 0:
         return result
@@ -73,6 +78,19 @@ def matmul(
         _address(tiles),
     )
     return result
+
+
+def _check(
+    operand: Tensor | None,
+    shape: tuple[int, ...],
+    dtypes: tuple[torch.dtype, ...] = (torch.bfloat16,),
+) -> None:
+    """The kernel would read whatever lies where the numbers should."""
+    if operand is not None and (operand.shape != shape or operand.dtype not in dtypes):
+        raise ValueError(
+            f"an operand is {operand.dtype} of shape {tuple(operand.shape)}, where shape {shape} and "
+            f"{' or '.join(map(str, dtypes))} are expected"
+        )
 
 
 def _is_row_major(matrix: Tensor) -> bool:

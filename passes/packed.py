@@ -106,7 +106,7 @@ class _Kept:
         self.version, self.uses_before, self.uses = version, self.uses, {}
         for by_place in (self.packed, self.thresholds):
             for place in by_place.keys() - self.uses_before.keys():
-                del by_place[place]
+                by_place.pop(place, None)  # another thread may have been faster
 
     def _is_full(self, place: Place) -> bool:
         """Whether there are copies enough, of places that may not come again.

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import importlib.metadata
 import importlib.util
 import subprocess
@@ -42,8 +43,8 @@ def check_ipex() -> Finding:
     """Does Intel's extension, where installed, fit this PyTorch?"""
     return _extension(
         "IPEX",
-        package="intel-extension-for-pytorch",
-        module="intel_extension_for_pytorch",
+        package=ipex.PACKAGE,
+        module=ipex.MODULE,
         absent="not installed; optional (archived, needs torch 2.8)",
         remedy="pip install torch==2.8.0 intel-extension-for-pytorch==2.8.0, or uninstall it",
     )
@@ -51,7 +52,8 @@ def check_ipex() -> Finding:
 
 def check_layouts() -> Finding:
     """Which layouts of weights are possible here, and what do the others need?"""
-    missing, problem = native.why_impossible(), ipex.why_impossible()
+    missing = native.why_impossible()
+    problem = ipex.why_impossible() or _why_import_fails(ipex.MODULE)
     if missing is not None:
         return Finding("weight layouts", "note", f"possible: none; not native, nor ipex: {missing}")
     if problem is not None:
@@ -75,7 +77,15 @@ def _extension(name: str, *, package: str, module: str, absent: str, remedy: str
         version = importlib.metadata.version(package)
     except importlib.metadata.PackageNotFoundError:
         return Finding(name, "note", absent)
-    # In a process of its own: with another torch the import can end in any exception or a crash.
+    problem = _why_import_fails(module)
+    if problem is None:
+        return Finding(name, "ok", f"{version} can be imported")
+    return Finding(name, "warning", f"{version} is installed but {problem}", remedy)
+
+
+@functools.cache
+def _why_import_fails(module: str) -> str | None:
+    """None if it succeeds, tried in a process of its own: it can end in any exception or a crash."""
     tried = subprocess.run(
         [sys.executable, "-c", f"import {module}"],
         capture_output=True,
@@ -83,11 +93,9 @@ def _extension(name: str, *, package: str, module: str, absent: str, remedy: str
         timeout=_TIMEOUT_SECONDS,
     )
     if tried.returncode == 0:
-        return Finding(name, "ok", f"{version} can be imported")
+        return None
     lines = tried.stderr.strip().splitlines() or [f"status {tried.returncode}"]
-    return Finding(
-        name, "warning", f"{version} is installed but its import fails: {lines[-1]}", remedy
-    )
+    return f"its import fails: {lines[-1]}"
 
 
 def check_optional_libraries() -> Finding:

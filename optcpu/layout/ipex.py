@@ -27,7 +27,7 @@ from optcpu.errors import OptcpuError
 from passes.ops import activate
 
 PACKAGE = "intel-extension-for-pytorch"
-_MODULE = "intel_extension_for_pytorch"
+MODULE = "intel_extension_for_pytorch"
 
 
 @dataclass(frozen=True)
@@ -53,7 +53,8 @@ class IpexPacking:
     def pack(self, weight: Tensor, rows: int, before: Any) -> PackedLinear:
         """See :meth:`passes.packed.Packing.pack`."""
         if before is None:
-            before = self._packed_linear(weight, rows)
+            with torch.random.fork_rng(devices=[]):  # a new layer has random weights
+                before = self._packed_linear(weight, rows)
         with torch.no_grad():
             before.module.weight.copy_(before.module.ctx.pack(weight))
         return before  # type: ignore[no-any-return]
@@ -120,9 +121,9 @@ def load() -> ModuleType:
     reason = why_impossible()
     if reason is None:
         try:
-            return importlib.import_module(_MODULE)
+            return importlib.import_module(MODULE)
         except (Exception, SystemExit) as error:
-            reason = f"importing {_MODULE} ended in {type(error).__name__}: {error}"
+            reason = f"importing {MODULE} ended in {type(error).__name__}: {error}"
     raise OptcpuError(
         f"layout='ipex' is not possible here: {reason}. Install both with "
         'pip install -e ".[ipex]" -c constraints-ipex.txt, or use layout="native"'

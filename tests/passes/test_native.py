@@ -145,6 +145,25 @@ def test_nothing_beyond_the_operands_counts(layout: str) -> None:
 
 
 @needs_kernel
+@pytest.mark.parametrize(
+    "wrong",
+    [
+        {"b": torch.ones(4, 5).bfloat16()},
+        {"a": torch.ones(2, 3)},
+        {"b": torch.ones(3, 5)},
+        {"bias": torch.ones(4)},
+        {"bias": torch.ones(5).double()},
+        {"residual": torch.ones(1, 5).bfloat16()},
+        {"residual": torch.ones(2, 5)},
+    ],
+)
+def test_operands_that_do_not_fit_are_refused(wrong: dict[str, torch.Tensor]) -> None:
+    operands = {"a": torch.ones(2, 3).bfloat16(), "b": torch.ones(3, 5).bfloat16()} | wrong
+    with pytest.raises(ValueError, match=r"where shape .* expected"):
+        native.matmul(**operands)
+
+
+@needs_kernel
 def test_the_kernel_is_built_once(fresh_build: Path) -> None:
     assert native.matmul_available()
     (library,) = fresh_build.rglob("*.so")

@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import importlib.metadata
 import importlib.util
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Literal
 
@@ -35,11 +36,13 @@ class TestTorch:
 
 class TestExtensions:
     @pytest.fixture
-    def installed(self, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Path:
+    def installed(self, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[Path]:
         """Pretend that both extensions are installed; their modules are looked for in a folder."""
         monkeypatch.setattr(importlib.metadata, "version", lambda package: "1.2.3")
         monkeypatch.setenv("PYTHONPATH", str(tmp_path))
-        return tmp_path
+        libraries._why_import_fails.cache_clear()
+        yield tmp_path
+        libraries._why_import_fails.cache_clear()
 
     def test_absent(self, monkeypatch: pytest.MonkeyPatch) -> None:
         def absent(package: str) -> str:
@@ -77,21 +80,24 @@ def test_missing_libraries_are_named(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.mark.parametrize(
-    ("native_problem", "ipex_problem", "status", "detail"),
+    ("native_problem", "ipex_problem", "import_problem", "status", "detail"),
     [
-        (None, None, "ok", "possible: native, ipex, none"),
-        (None, "too old", "ok", "possible: native, none; not ipex: too old"),
-        ("no BF16", None, "note", "possible: none; not native, nor ipex: no BF16"),
-        ("no BF16", "too old", "note", "possible: none; not native, nor ipex: no BF16"),
+        (None, None, None, "ok", "possible: native, ipex, none"),
+        (None, "too old", None, "ok", "possible: native, none; not ipex: too old"),
+        (None, None, "it fails", "ok", "possible: native, none; not ipex: it fails"),
+        ("no BF16", None, None, "note", "possible: none; not native, nor ipex: no BF16"),
+        ("no BF16", "too old", None, "note", "possible: none; not native, nor ipex: no BF16"),
     ],
 )
 def test_layouts_and_what_they_lack(
     monkeypatch: pytest.MonkeyPatch,
     native_problem: str | None,
     ipex_problem: str | None,
+    import_problem: str | None,
     status: Literal["ok", "note"],
     detail: str,
 ) -> None:
     monkeypatch.setattr(libraries.native, "why_impossible", lambda: native_problem)
     monkeypatch.setattr(libraries.ipex, "why_impossible", lambda: ipex_problem)
+    monkeypatch.setattr(libraries, "_why_import_fails", lambda module: import_problem)
     assert libraries.check_layouts() == Finding("weight layouts", status, detail)

@@ -28,10 +28,10 @@ def installed(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[Path]
     """Pretend that an extension for this PyTorch is installed; its module is looked for in a folder."""
     monkeypatch.setattr(importlib.metadata, "version", lambda _: torch.__version__)
     monkeypatch.syspath_prepend(tmp_path)
-    hidden = {name: sys.modules.pop(name) for name in list(sys.modules) if name == ipex._MODULE}
+    hidden = {name: sys.modules.pop(name) for name in list(sys.modules) if name == ipex.MODULE}
     ipex.load.cache_clear()
     yield tmp_path
-    sys.modules.pop(ipex._MODULE, None)
+    sys.modules.pop(ipex.MODULE, None)
     sys.modules.update(hidden)
     ipex.load.cache_clear()
 
@@ -47,7 +47,7 @@ def installed(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[Path]
 def test_an_import_that_fails_is_told_with_the_remedy(
     installed: Path, source: str, told: str
 ) -> None:
-    (installed / f"{ipex._MODULE}.py").write_text(source)
+    (installed / f"{ipex.MODULE}.py").write_text(source)
     with pytest.raises(OptcpuError, match=rf"layout='ipex' is not possible here.*{told}.*\[ipex\]"):
         optcpu.optimize(nn.Linear(3, 4), layout="ipex")
 
@@ -55,7 +55,7 @@ def test_an_import_that_fails_is_told_with_the_remedy(
 def test_one_for_another_pytorch_is_not_even_tried(
     installed: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    (installed / f"{ipex._MODULE}.py").write_text("import os; os.abort()")
+    (installed / f"{ipex.MODULE}.py").write_text("import os; os.abort()")
     monkeypatch.setattr(importlib.metadata, "version", lambda _: "1.13.100")
     with pytest.raises(OptcpuError, match=r"1\.13\.100 is for torch 1\.13, and this is torch 2"):
         optcpu.optimize(nn.Linear(3, 4), layout="ipex")
@@ -67,7 +67,7 @@ def test_nobody_imports_it_unasked() -> None:
         "import sys, torch, optcpu; model = torch.nn.Linear(3, 4); "
         "optimizer = torch.optim.SGD(model.parameters(), lr=0.1); "
         "optcpu.optimize(model, optimizer, precision='fp32'); "
-        f"print({ipex._MODULE!r} in sys.modules)"
+        f"print({ipex.MODULE!r} in sys.modules)"
     )
     done = subprocess.run(
         [sys.executable, "-c", program], capture_output=True, text=True, check=True
@@ -98,6 +98,13 @@ def test_packing_keeps_every_bit_and_multiplies_right(
         torch.testing.assert_close(
             result.double(), x.double() @ weight.double().t(), rtol=1e-2, atol=tolerance
         )
+
+
+@needs_ipex
+def test_packing_draws_no_random_numbers() -> None:
+    before = torch.get_rng_state()
+    ipex.IpexPacking().pack(torch.zeros(33, 21), 9, None)
+    assert torch.equal(torch.get_rng_state(), before)
 
 
 @needs_ipex
