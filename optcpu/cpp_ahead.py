@@ -17,8 +17,10 @@ from contextlib import contextmanager
 from typing import Any, ParamSpec
 from unittest import mock
 
+from torch._inductor import cpu_vec_isa
 from torch._inductor.codecache import CppPythonBindingsCodeCache
 from torch._inductor.codegen.wrapper import PythonWrapperCodegen
+from torch._inductor.cpu_vec_isa import VecISA
 
 from optcpu.cpp_batch import BatchCompile
 from optcpu.cpp_signals import shield_compilers
@@ -28,6 +30,7 @@ P = ParamSpec("P")
 logger = logging.getLogger(__name__)
 
 _BINDING = "async_compile.cpp_pybinding("  # what the definition of a kernel in C++ begins with
+_IN_AVX512 = frozenset({"-mavx2", "-mf16c"})
 _SMALLEST_KERNEL = """
 #include <torch/csrc/inductor/cpp_prefix.h>
 extern "C" void kernel(float* x) { at::vec::Vectorized<float>(0.0f).store(x); }
@@ -78,7 +81,35 @@ def kernels_compiled_as_written() -> Iterator[None]:
 
 @_left_to_inductor
 def _compile_smallest() -> None:
+    _find_instruction_sets()
     CppPythonBindingsCodeCache.load_pybinding(["float*"], _SMALLEST_KERNEL)
+
+
+def _find_instruction_sets() -> None:
+    """Have Inductor find out which vector instructions may be used, without trying the same ones twice.
+
+    It compiles and loads a program for each of the processor's instruction sets, the richest first, and
+    uses that one: 8 s. A compiler and a PyTorch that have passed with more of them have those, too.
+    """
+    try_out = VecISA.check_build
+    passed: list[frozenset[str]] = []
+
+    def try_once(isa: VecISA, program: str) -> bool:
+        flags = _instructions(isa)
+        if any(flags <= more for more in passed):
+            return True
+        works = try_out(isa, program)
+        if works:
+            passed.append(flags)
+        return works
+
+    with mock.patch.object(VecISA, "check_build", try_once):
+        cpu_vec_isa.valid_vec_isa_list()
+
+
+def _instructions(isa: VecISA) -> frozenset[str]:
+    flags = frozenset(isa.build_arch_flags().split())
+    return flags | _IN_AVX512 if "-mavx512f" in flags else flags
 
 
 @_left_to_inductor

@@ -12,7 +12,9 @@ from typing import Any
 import pytest
 import torch
 from torch import nn
+from torch._inductor import cpu_vec_isa
 from torch._inductor.async_compile import AsyncCompile
+from torch._inductor.cpu_vec_isa import VecAVX2, VecAVX512, VecAVX512VNNI, VecISA
 
 import optcpu
 from optcpu import cpp_ahead
@@ -93,6 +95,50 @@ def test_a_process_may_end_meanwhile(tmp_path: Path, compiler: str) -> None:
     assert "Error" not in run.stderr
 
 
+def tried(monkeypatch: pytest.MonkeyPatch, *working: type[VecISA]) -> list[str]:
+    """The instruction sets that are tried where programs with ``working`` ones pass."""
+    attempts: list[str] = []
+
+    def check_build(isa: VecISA, program: str) -> bool:
+        attempts.append(str(isa))
+        return isinstance(isa, working)
+
+    def found() -> list[VecISA]:
+        sets = (VecAVX512VNNI(), VecAVX512(), VecAVX2())
+        return [isa for isa in sets if isa.check_build("any")]
+
+    monkeypatch.setattr(VecISA, "check_build", check_build)
+    monkeypatch.setattr(cpu_vec_isa, "valid_vec_isa_list", found)
+    cpp_ahead._find_instruction_sets()
+    assert VecISA.check_build is check_build
+    return attempts
+
+
+def test_a_set_within_one_that_works_is_not_tried(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert tried(monkeypatch, VecAVX512VNNI, VecAVX512, VecAVX2) == ["avx512 avx512_vnni"]
+
+
+def test_a_set_within_one_that_fails_is_tried(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert tried(monkeypatch, VecAVX2) == ["avx512 avx512_vnni", "avx512", "avx2"]
+
+
+FIND = """
+import sys
+from torch._inductor import cpu_vec_isa
+if "ahead" in sys.argv[1:]:
+    from optcpu import cpp_ahead
+    cpp_ahead._find_instruction_sets()
+print([(str(isa), isa.build_arch_flags()) for isa in cpu_vec_isa.valid_vec_isa_list()])
+"""
+
+
+@pytest.mark.slow
+def test_the_sets_are_those_that_inductor_finds_by_itself(tmp_path: Path) -> None:
+    ahead = in_a_process(FIND, tmp_path / "ahead", "ahead")
+    by_itself = in_a_process(FIND, tmp_path / "alone")
+    assert ahead.stdout == by_itself.stdout != ""
+
+
 FORK = """
 import multiprocessing, threading
 import torch
@@ -120,8 +166,14 @@ def test_a_child_that_is_forked_can_compile(tmp_path: Path) -> None:
     assert in_a_process(FORK, tmp_path).stdout == "trained\n"
 
 
-def in_a_process(code: str, cache: Path, **environment: str) -> subprocess.CompletedProcess[str]:
+def in_a_process(
+    code: str, cache: Path, *arguments: str, **environment: str
+) -> subprocess.CompletedProcess[str]:
     settings = os.environ | {"TORCHINDUCTOR_CACHE_DIR": str(cache)} | environment
     return subprocess.run(
-        [sys.executable, "-c", code], env=settings, capture_output=True, text=True, timeout=120
+        [sys.executable, "-c", code, *arguments],
+        env=settings,
+        capture_output=True,
+        text=True,
+        timeout=120,
     )
