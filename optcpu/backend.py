@@ -27,6 +27,10 @@ from torch._inductor.compile_fx import compile_fx, compile_fx_inner
 from torch._inductor.custom_graph_pass import CustomGraphPass
 from torch._inductor.decomposition import select_decomp_table
 from torch._inductor.fx_passes.post_grad import view_to_reshape
+from torch._subclasses.fake_tensor import (
+    DataDependentOutputException,
+    DynamicOutputShapeException,
+)
 
 import passes
 from optcpu import cpp_ahead, random_numbers
@@ -108,6 +112,9 @@ class Backend:
                 )
         except RestartAnalysis:
             raise  # no failure: Dynamo captures anew, with what it has learnt
+        except _DEPENDS_ON_DATA as error:
+            self.divided(f"captured graph {region}", error)
+            raise
         except Exception as error:
             self.fell_back(f"captured graph {region}", error)
             compiled = eager.forward
@@ -156,6 +163,12 @@ class Backend:
         problem = f"{part} is not compiled"
         self._tell(part, problem, error, remedy_for(error), "It runs eagerly")
 
+    def divided(self, part: str, error: Exception) -> None:
+        """Note and warn that Dynamo will leave out of ``part`` what ``error`` is about."""
+        problem = f"{part} is not compiled as a whole"
+        instead = "Functions and modules around it are compiled each by itself"
+        self._tell(part, problem, error, remedy_for(error), instead)
+
     def pass_failed(self, step: passes.Pass, error: Exception) -> None:
         """Note and warn that ``step`` was undone; raise instead where fallbacks are forbidden."""
         part = f"pass {step.name}"
@@ -174,6 +187,7 @@ class Backend:
 
 
 _RAN = "optcpu_joint_passes_ran"
+_DEPENDS_ON_DATA = (DataDependentOutputException, DynamicOutputShapeException)
 # PyTorch saves nothing at all where it is 0, not even what it was told to.
 _LEAST_ACTIVATION_MEMORY = 1e-9
 # An output that is a view hangs on its base by nodes that PyTorch has added.
@@ -382,10 +396,10 @@ def remedy_for(error: BaseException) -> str:
         return "install a C++ compiler (for example the package g++) or name one in CXX"
     if isinstance(error, PermissionError) or "Read-only file system" in text:
         return "set TORCHINDUCTOR_CACHE_DIR to a directory that can be written"
-    if "DynamicOutputShape" in text:
+    if isinstance(error, _DEPENDS_ON_DATA):
         return (
-            "an operator's result has a size that depends on the data, as gradients of "
-            "nn.Embedding(sparse=True) have; sparse=False avoids it"
+            "a size or a Python number depends on the data; torch.where(mask, value, x) in place of "
+            "x[mask] = value, and nn.Embedding(sparse=False), avoid that"
         )
     if "No space left" in text:
         return "free disk space, or set TORCHINDUCTOR_CACHE_DIR to another disk"

@@ -20,7 +20,8 @@ from optcpu.cpu import capabilities
 from optcpu.errors import OptcpuError, warn
 from optcpu.layout import Layout, checked_layout, keep_packed
 from optcpu.memory import reuse_memory
-from optcpu.optim.weights import StoredWeight, restore_weights
+from optcpu.optim.storing import restore_weights
+from optcpu.optim.weights import StoredWeight
 from optcpu.pipeline import Pipeline, Precision, default_passes, resolve_precision
 from optcpu.record import Record
 from optcpu.recurrent import has_recurrent_layers, needs_autocast, under_autocast

@@ -2,21 +2,24 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 from torch.optim import Optimizer
+from torch.optim.optimizer import register_optimizer_step_pre_hook
 
 from optcpu.errors import OptcpuError, warn
 from optcpu.optim.base import StoredOptimizer
 from optcpu.optim.convert import convert, why_not
 from optcpu.optim.formats import Format
 from optcpu.optim.lookahead import Lookahead
-from optcpu.optim.weights import StoredWeight, store_weights
+from optcpu.optim.storing import store_weights
+from optcpu.optim.weights import StoredWeight
 from optcpu.pipeline import Precision
 from optcpu.update import use_fused_update
 
@@ -84,6 +87,7 @@ def take_over(
             return False
     if weights == "fp32":
         return False
+    _watch_optimizers()
     plain = _plain_weights(model)
     updated = [p for group in inner.param_groups for p in group["params"]]
     left = store_weights(model, updated, _FORMATS[weights])
@@ -135,6 +139,19 @@ def widen_gradients(weights: Iterable[StoredWeight]) -> None:
             gradient, weight.grad = weight.grad, None
             weight.grad_dtype = weight.dtype
             weight.grad = None if gradient is None else gradient.float()
+
+
+@functools.cache
+def _watch_optimizers() -> None:
+    """Let optimizers that are made later, of weights stored for another one, find FP32 gradients."""
+    register_optimizer_step_pre_hook(_widen_for_others)
+
+
+def _widen_for_others(optimizer: Optimizer, args: Any, options: Any) -> None:
+    if isinstance(optimizer, (StoredOptimizer, Lookahead)):
+        return  # the one around which Lookahead is comes here as well
+    updated = (p for group in optimizer.param_groups for p in group["params"])
+    widen_gradients(p for p in updated if isinstance(p, StoredWeight))
 
 
 @contextmanager

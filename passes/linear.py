@@ -94,6 +94,8 @@ def linear_product(node: fx.Node) -> Product | None:
     *bias, x, transposed = node.args
     assert isinstance(x, fx.Node)
     assert isinstance(transposed, fx.Node)
+    if not dtype(x) == dtype(transposed) == dtype(node):
+        return None  # a mistake of the user's: PyTorch's product tells it
     if not bias:
         return Product(x, transposed, None)
     (addend,) = bias

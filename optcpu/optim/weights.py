@@ -153,7 +153,7 @@ class StoredWeight(Tensor):
             return
         new: Tensor = StoredWeight.of(numbers.detach().clone(), self.stored().format)
         before = self.high
-        _become(
+        become(
             self, nn.Parameter(new, self.requires_grad) if isinstance(self, nn.Parameter) else new
         )
         packed.hand_on(before, self.high)
@@ -178,11 +178,11 @@ class StoredWeight(Tensor):
         """
         return self.full() if result is self and not torch.is_grad_enabled() else result
 
-    def share_memory_(self) -> StoredWeight:
+    def share_memory_(self) -> Tensor:
         """Move the halves to shared memory; see :meth:`torch.Tensor.share_memory_`."""
         packed.forget(self.high)  # what other processes write is not seen here
         self.each_half(Tensor.share_memory_)
-        return self
+        return self._moved(self)
 
     def is_shared(self) -> bool:
         """See :meth:`torch.Tensor.is_shared`."""
@@ -204,17 +204,17 @@ class StoredWeight(Tensor):
         return format(self.full(), specification)
 
     def __repr__(self, *, tensor_contents: Any = None) -> str:  # type: ignore[override]
-        return repr(_plain(self))
+        return repr(plain_copy(self))
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Tensor:
         """A plain FP32 tensor or parameter: a copy is not what the optimizer updates."""
-        return _plain(self)
+        return plain_copy(self)
 
     def __reduce_ex__(self, protocol: Any) -> Any:
         if isinstance(self.high, FakeTensor):
             # Never loaded again: it is part of a cache's key in PyTorch 2.8.
             return StoredWeight, (self.high, self.low, self.requires_grad)
-        plain = _plain(self)
+        plain = plain_copy(self)
         plain.__dict__.update(_marks(self))
         return plain.__reduce_ex__(protocol)
 
@@ -232,91 +232,13 @@ def count_writes(tensors: Iterable[Tensor]) -> None:
     torch.autograd.graph.increment_version(written)
 
 
-def store_weights(
-    module: nn.Module, parameters: Iterable[nn.Parameter], format: Format
-) -> list[str]:
-    """Store weights of ``module`` in ``format``, in place.
-
-    Weights of two dimensions or more change; the others are small and stay plain. The ``Parameter``
-    objects remain the same, so that whoever holds them, an optimizer say, sees the change.
-    ``state_dict()`` of the module and of those within it gives plain FP32 tensors.
-
-    Args:
-        module: whose parameters may change.
-        parameters: those that somebody updates who knows how, and that may change therefore.
-        format: ``SPLIT`` or ``STOCHASTIC``.
-
-    Returns:
-        The names of weights that had to stay plain, since something else refers to their memory.
-    """
-    known = {id(parameter) for parameter in parameters}
-    tied = _in_one_place(module.parameters())
-    left: list[str] = []
-    done: set[int] = set()
-    for prefix, owner in module.named_modules():
-        for name, parameter in _own_parameters(owner):
-            if id(parameter) not in known or parameter.dim() < 2 or not parameter.numel():
-                continue
-            if id(parameter) not in done and not isinstance(parameter, StoredWeight):
-                done.add(id(parameter))
-                if id(parameter) in tied or _is_in_a_graph(parameter):
-                    left.append(f"{prefix}.{name}".lstrip("."))
-                else:
-                    stored = StoredWeight.of(parameter.detach(), format)
-                    _become(parameter, nn.Parameter(stored, parameter.requires_grad))
-            if isinstance(parameter, StoredWeight):
-                _register_anew(owner, name)
-                if _export not in owner._state_dict_hooks.values():
-                    owner._register_state_dict_hook(_export)
-    return left
-
-
-def restore_weights(module: nn.Module) -> None:
-    """Undo :func:`store_weights`: the parameters are plain FP32 again, bit for bit."""
-    for owner in module.modules():
-        for _, parameter in _own_parameters(owner):
-            if isinstance(parameter, StoredWeight):
-                if parameter.grad is not None:
-                    parameter.grad = parameter.grad.float()
-                _become(parameter, _plain(parameter))
-        for key, hook in list(owner._state_dict_hooks.items()):
-            if hook is _export:
-                del owner._state_dict_hooks[key]
-                for name, _ in _own_parameters(owner):
-                    _register_anew(owner, name)
-
-
-def _own_parameters(owner: nn.Module) -> list[tuple[str, nn.Parameter]]:
-    """Those of the module itself, tied ones included."""
-    return list(owner.named_parameters(recurse=False, remove_duplicate=False))
-
-
-def _in_one_place(parameters: Iterable[Tensor]) -> set[int]:
-    """The ids of parameters that begin where another one does: ``a.data = b.data`` ties them so."""
-    by_address: dict[int, set[int]] = {}
-    for parameter in parameters:
-        if not isinstance(parameter, StoredWeight) and parameter.numel():
-            by_address.setdefault(parameter.data_ptr(), set()).add(id(parameter))
-    return set().union(*(ids for ids in by_address.values() if len(ids) > 1))
-
-
-def _register_anew(owner: nn.Module, name: str) -> None:
-    """Let compiled code see that a parameter is of another kind.
-
-    Where a module's dictionary is the one that it knows, Dynamo of PyTorch 2.8 does not look at what
-    is in there, and would hand the graph a tensor that has no memory of its own.
-    """
-    parameter, owner._parameters[name] = owner._parameters[name], None
-    owner._parameters[name] = parameter
-
-
-def _become(tensor: Tensor, new: Tensor) -> None:
+def become(tensor: Tensor, new: Tensor) -> None:
     """Make ``tensor`` what ``new`` is, but for who it is, its gradient, its hooks and its user's marks.
 
     As :func:`torch.utils.swap_tensors`, which refuses where somebody holds a weak reference; compiled
     code does, and looks at the tensor's type before it goes on.
     """
-    if _is_in_a_graph(tensor) and tensor.requires_grad and tensor.is_leaf:
+    if is_in_a_graph(tensor) and tensor.requires_grad and tensor.is_leaf:
         # It would give the gradient to what the tensor has been.
         torch.autograd.graph.get_gradient_edge(tensor).node.register_prehook(_refuse_backward)
     if isinstance(new, StoredWeight) and new.requires_grad and hasattr(new, "grad_dtype"):
@@ -332,7 +254,7 @@ def _become(tensor: Tensor, new: Tensor) -> None:
         tensor.grad = gradient
 
 
-def _is_in_a_graph(tensor: Tensor) -> bool:
+def is_in_a_graph(tensor: Tensor) -> bool:
     """Whether autograd (or another part of PyTorch) holds ``tensor``, and so would miss its change."""
     return bool(tensor._use_count() > 1)  # type: ignore[attr-defined]
 
@@ -349,28 +271,11 @@ def _refuse_backward(gradients: Any) -> None:
     )
 
 
-def _plain(tensor: StoredWeight) -> Tensor:
+def plain_copy(tensor: StoredWeight) -> Tensor:
     """A plain FP32 copy: a parameter of a parameter, a tensor of a tensor."""
     if isinstance(tensor, nn.Parameter):
         return nn.Parameter(tensor.full(), tensor.requires_grad)
     return tensor.full()
-
-
-class _Export:
-    """A hook that puts plain tensors for stored weights into a ``state_dict()``."""
-
-    def __call__(self, module: nn.Module, state_dict: dict[str, Any], prefix: str, _: Any) -> None:
-        for name in module._parameters:
-            entry = state_dict.get(prefix + name)
-            if isinstance(entry, StoredWeight) and not isinstance(entry, nn.Parameter):
-                state_dict[prefix + name] = entry.full()
-
-    def __reduce__(self) -> tuple[Any, ...]:
-        """A copy has plain weights: there a function of Python's that does nothing stands instead."""
-        return getattr, (nullcontext(), "__exit__")
-
-
-_export = _Export()
 
 
 def _no_inference_tensors() -> AbstractContextManager[Any]:

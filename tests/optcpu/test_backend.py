@@ -6,12 +6,14 @@ import os
 import stat
 import subprocess
 import sys
+import warnings
 from pathlib import Path
 
 import pytest
 import torch
 from torch import Tensor, nn
 from torch._inductor import ir
+from torch._subclasses.fake_tensor import DynamicOutputShapeException
 
 import optcpu
 import passes
@@ -246,6 +248,65 @@ def test_parts_between_graph_breaks_are_compiled() -> None:
     assert model._compiled_call_impl.record.regions >= 2  # type: ignore[union-attr]
 
 
+class Scaled(nn.Linear):
+    """A module of the user's own, which Dynamo can begin with."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return 0.5 * super().forward(x)
+
+
+class Masked(nn.Module):
+    """Writes where a mask says so: to how many places depends on the data."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.inward, self.outward = Scaled(6, 6), nn.Linear(6, 2)
+        self.filling = nn.Parameter(torch.ones(6))
+
+    def forward(self, x: Tensor, mask: Tensor) -> Tensor:
+        x = self.inward(x)
+        x[mask] = self.filling
+        result: Tensor = self.outward(x)
+        return result
+
+
+def test_around_what_depends_on_data_the_graph_is_compiled() -> None:
+    model = Masked()
+    x, mask = torch.randn(3, 5, 6), torch.rand(3, 5) > 0.5
+    expected = model(x, mask)
+    expected.square().sum().backward()
+    gradients = [p.grad for p in model.parameters()]
+    model.zero_grad()
+    optcpu.optimize(model, precision="fp32")
+    with pytest.warns(optcpu.FallbackWarning, match=r"not compiled as a whole.*torch\.where"):
+        result = model(x, mask)
+    result.square().sum().backward()
+    torch.testing.assert_close(result, expected)
+    for parameter, gradient in zip(model.parameters(), gradients, strict=True):
+        torch.testing.assert_close(parameter.grad, gradient)
+    call = compiled_call(model)
+    assert call is not None
+    assert call.backend.parts_run
+
+
+def test_what_depends_on_data_is_refused_where_nothing_may_be_left_out() -> None:
+    model = optcpu.optimize(Masked(), precision="fp32", fallback=False)
+    with pytest.raises(Exception, match="not compiled as a whole"):
+        model(torch.randn(3, 5, 6), torch.rand(3, 5) > 0.5)
+
+
+@pytest.mark.parametrize("dtype", [torch.int64, torch.float16, torch.float64])
+def test_input_of_a_wrong_dtype_is_told_as_by_pytorch(dtype: torch.dtype) -> None:
+    model = nn.Sequential(nn.Linear(16, 32), nn.ReLU(), nn.Linear(32, 4))
+    x = torch.ones(3, 16, dtype=dtype)
+    optcpu.optimize(model, precision="fp32")
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", optcpu.FallbackWarning)
+        with pytest.raises(RuntimeError, match="must have the same dtype"):
+            model(x)
+    model(torch.ones(3, 16)).sum().backward()
+
+
 @pytest.mark.parametrize(
     ("error", "remedy"),
     [
@@ -253,6 +314,7 @@ def test_parts_between_graph_breaks_are_compiled() -> None:
         (OSError(30, "Read-only file system"), "TORCHINDUCTOR_CACHE_DIR"),
         (OSError(28, "No space left on device"), "free disk space"),
         (RuntimeError("No working C++ compiler found in clang++, g++"), "install a C++ compiler"),
+        (DynamicOutputShapeException(torch.ops.aten.nonzero.default), "torch.where"),
         (KeyError("x"), "optcpu.inspect"),
     ],
 )

@@ -272,6 +272,37 @@ def test_unknown_optimizers_are_told_and_left() -> None:
     assert losses[-1] < losses[0]
 
 
+@pytest.mark.parametrize(
+    ("kind", "options"),
+    [
+        (torch.optim.AdamW, {}),
+        (torch.optim.AdamW, {"fused": True}),
+        (torch.optim.AdamW, {"foreach": True}),
+        (torch.optim.SGD, {"momentum": 0.9}),
+        (torch.optim.RAdam, {}),
+    ],
+)
+def test_another_optimizer_of_stored_weights_trains_as_of_plain_ones(
+    kind: type[torch.optim.Optimizer], options: dict[str, Any]
+) -> None:
+    model, twin = network(), network()
+    optcpu.optimize(
+        model, torch.optim.AdamW(model.parameters(), lr=1e-2), precision="fp32", weights="split"
+    )
+    later, reference = (kind(m.parameters(), lr=1e-2, **options) for m in (model, twin))  # type: ignore[call-arg]
+    ours = train(model, later, batches(5))
+    assert ours == pytest.approx(train(twin, reference, batches(5)), rel=1e-5)
+    assert stored(model)
+
+
+def test_another_optimizer_may_find_bf16_gradients() -> None:
+    model = network()
+    optcpu.optimize(model, torch.optim.AdamW(model.parameters(), lr=1e-2), precision="bf16")
+    losses = train(model, torch.optim.AdamW(model.parameters(), lr=1e-2), batches(40))
+    assert losses[-1] < 0.7 * losses[0]
+    assert {p.grad.dtype for p in model.parameters() if p.grad is not None} == {torch.float32}
+
+
 def test_parameters_that_it_does_not_update_stay_plain() -> None:
     model = network()
     optimizer = torch.optim.AdamW(model[2].parameters())

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from optcpu.backend import Backend
 from optcpu.optim.formats import Format
-from optcpu.optim.weights import store_weights
+from optcpu.optim.storing import store_weights
 from optcpu.pipeline import Pipeline, default_passes
 from passes import AddEmbeddingGradient, Canonicalize, Pass, lower
 from passes.embedding import EMBEDDING_BACKWARD, add_in_place, add_rows, add_rows_

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from optcpu.backend import Backend
 from optcpu.optim.formats import Format, split
-from optcpu.optim.weights import store_weights
+from optcpu.optim.storing import store_weights
 from optcpu.pipeline import Pipeline, default_passes
 from passes import GradientsInBf16, ReadUpperHalves
 from passes.halves import joined

@@ -230,6 +230,15 @@ def test_integers() -> None:
     left_alone(lambda x, w: torch.relu(x @ w.t()), X.long(), W.long())
 
 
+@pytest.mark.parametrize("dtype", [torch.int64, torch.bfloat16])
+def test_operands_of_two_dtypes(dtype: torch.dtype) -> None:
+    module = traced(lambda x, w: torch.relu(x @ w.t()), X, W)
+    (x, _) = module.graph.find_nodes(op="placeholder")
+    x.meta["val"] = x.meta["val"].to(dtype)
+    assert rewritten(FuseLinear(), module) == 0
+    assert rewritten(RouteProducts(), module) == 0
+
+
 def test_an_unrounded_activation_that_somebody_wants() -> None:
     def function(x: Tensor, w: Tensor) -> Tensor:
         y = torch.tanh((x @ w.t()).float())

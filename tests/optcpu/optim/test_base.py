@@ -11,7 +11,8 @@ from torch import nn
 
 from optcpu.optim import SGD, AdamW, Lamb, Lookahead
 from optcpu.optim.formats import Format
-from optcpu.optim.weights import StoredWeight, store_weights
+from optcpu.optim.storing import store_weights
+from optcpu.optim.weights import StoredWeight
 from tests.optcpu.optim.conftest import assert_equal, give_gradients, twins
 
 

@@ -13,7 +13,7 @@ from torch.nn import functional as F
 from optcpu.data import digits
 from optcpu.optim import SGD, AdamW, Lamb
 from optcpu.optim.formats import Format
-from optcpu.optim.weights import store_weights
+from optcpu.optim.storing import store_weights
 
 SEEDS = range(5)
 EPOCHS = 6

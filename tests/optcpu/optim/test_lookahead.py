@@ -16,7 +16,7 @@ import optcpu
 from optcpu.errors import OptcpuError
 from optcpu.optim import SGD, AdamW, Lamb, Lookahead
 from optcpu.optim.formats import Format
-from optcpu.optim.weights import store_weights
+from optcpu.optim.storing import store_weights
 from tests.optcpu.optim.conftest import assert_equal, give_gradients, parameters, twins
 
 Make = Callable[[list[nn.Parameter]], torch.optim.Optimizer]

@@ -17,7 +17,7 @@ from training import small_trainer
 import optcpu
 from optcpu.errors import OptcpuError
 from optcpu.optim.formats import Format
-from optcpu.optim.weights import store_weights
+from optcpu.optim.storing import store_weights
 from optcpu.runtime.world import World
 
 HERE = Path(__file__).parent

@@ -22,7 +22,7 @@ from torch import Tensor, nn
 from optcpu.errors import OptcpuError
 from optcpu.optim import AdamW, Lookahead
 from optcpu.optim.formats import Format
-from optcpu.optim.weights import store_weights
+from optcpu.optim.storing import store_weights
 from optcpu.runtime.checkpoint.format import Contents, read_checkpoint
 from optcpu.runtime.checkpoint.rng import rng_state, set_rng_state
 
