@@ -80,7 +80,11 @@ def _has_symbols(graph: fx.Graph) -> bool:
 
 def _beside_convolutions(nodes: Sequence[fx.Node]) -> Sequence[fx.Node]:
     """The nodes behind the last convolution of images, before the first backward of one."""
-    forward = [i for i, node in enumerate(nodes) if _is_on_images(node, aten.convolution.default)]
+    forward = [
+        i
+        for i, node in enumerate(nodes)
+        if _is_on_images(node, aten.convolution.default, ops.convolution)
+    ]
     backward = [
         i
         for i, node in enumerate(nodes)

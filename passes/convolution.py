@@ -1,7 +1,8 @@
-"""Convolutions: backward by the kernels that are right, and fast."""
+"""Convolutions: by the kernels that are right, and fast."""
 
 from __future__ import annotations
 
+import functools
 import operator
 import sys
 from dataclasses import dataclass
@@ -12,6 +13,8 @@ from torch import fx
 from passes import ops
 from passes.base import Pass
 from passes.graph import aten, calls, emit, value
+from passes.im2col import is_worth_a_product
+from passes.layout import is_image
 
 # oneDNN's vector holds eight FP32 numbers; with fewer channels its kernel reads past them.
 _FEWEST_CHANNELS = 8
@@ -96,3 +99,54 @@ def call_native_backward(graph: fx.Graph) -> int:
         node.target = ops.convolution_backward
         fired += 1
     return fired
+
+
+def choose_for_small_images(graph: fx.Graph) -> int:
+    """Have convolutions of small images done by the way that is measured to be faster; return how many.
+
+    Before::
+
+        y = convolution(x, w, None, stride, padding, ...)
+
+    After::
+
+        y = optcpu.convolution(x, w, stride, padding)
+    """
+    fired = 0
+    for node in calls(graph, aten.convolution.default):
+        if not _may_be_a_product(node):
+            continue
+        _lay_out_operands()
+        x, weight, _, stride, padding, *_ = node.args
+        with graph.inserting_before(node):
+            chosen = emit(node, ops.convolution, x, weight, stride, padding)
+        node.replace_all_uses_with(chosen)
+        graph.erase_node(node)
+        fired += 1
+    return fired
+
+
+@functools.cache
+def _lay_out_operands() -> None:
+    """Have Inductor lay out the operands of our convolution channels-last, as it does with PyTorch's.
+
+    Were it written in the graph, what the caller gets would be laid out so as well.
+    """
+    from torch._inductor import ir, lowering  # takes a second
+
+    def channels_last(node: fx.Node, x: Any, weight: Any, *geometry: Any) -> Any:
+        lay_out = ir.ExternKernel.require_channels_last
+        return (lay_out(x), lay_out(weight), *geometry), {}
+
+    lowering.make_fallback(ops.convolution, channels_last)
+
+
+def _may_be_a_product(node: fx.Node) -> bool:
+    x, weight, bias, _, _, dilation, transposed, _, groups = node.args
+    if bias is not None or transposed or groups != 1 or any(step != 1 for step in dilation):  # type: ignore[union-attr]
+        return False
+    operands = value(x), value(weight), value(node)
+    if value(x).device.type != "cpu" or not all(is_image(operand) for operand in operands):
+        return False
+    images, _, height, width = value(node).shape
+    return is_worth_a_product(images * height * width, value(weight))

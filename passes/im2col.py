@@ -1,15 +1,15 @@
-"""The gradients of a convolution as matrix products.
+"""Convolutions, and their gradients, as matrix products.
 
-What the kernel sees at each place of an image is written out as one row; the gradient of the weight is then
-a product of these rows with the output's gradient, and that of the input is another product, whose rows
-are added up where they came from.
+What the kernel sees at each place of an image is written out as one row. The output is a product of these
+rows with the weight, the gradient of the weight one of the rows with the output's gradient, and that of the
+input is another, whose rows are added up where they came from.
 
 The rows take the memory of the image as often as the kernel has places. So those for the weight are written
 for a few images at a time, or for a part of one, and their products are added up. oneDNN computes the
 gradient of the weight at half the speed of its other products in FP32; from 64 channels on this is faster,
-by a tenth to a half, and with images of 224 x 224 places twice as fast or more. The input gradient gains
-only with small images of many channels, at the end of a network, where nearly all of oneDNN's time goes to
-the weight, which it reads for every image.
+by a tenth to a half, and with images of 224 x 224 places twice as fast or more. The output and the input
+gradient gain only with small images of many channels, at the end of a network, where nearly all of oneDNN's
+time goes to the weight, which it reads for every image.
 
 Source: Chellapilla, Puri and Simard, "High Performance Convolutional Neural Networks for Document
 Processing" (2006), section 3.1, "unfolding".
@@ -39,6 +39,63 @@ _CACHED_BYTES = 8 * 2**20
 
 # Rows are copied from pieces of the image, a row of a window each; smaller ones than this take too long.
 _COPIED_BYTES = 128
+
+
+def convolution(x: Tensor, weight: Tensor, stride: Sequence[int], padding: Sequence[int]) -> Tensor:
+    """What ``aten.convolution`` does without a bias, by the way that is the fastest for these shapes.
+
+    Args:
+        x: shape (N, C, H, W), FP32 or BF16.
+        weight: shape (O, C, h, w), same dtype.
+        stride: along the height and the width.
+        padding: with zeros, likewise.
+
+    Returns:
+        Shape (N, O, H', W'), laid out as ``x``.
+    """
+
+    def native() -> Tensor:
+        return native_convolution(x, weight, stride, padding)
+
+    if not all(t.is_contiguous(memory_format=torch.channels_last) for t in (x, weight)):
+        return native()
+    ways: dict[str, Callable[[], Tensor]] = {
+        "native": native,
+        "product": lambda: output(x, weight, stride, padding),
+    }
+    sizes = [tuple(x.shape), tuple(weight.shape), tuple(stride), tuple(padding)]
+    key = f"convolution {sizes} {str(x.dtype)[6:]} {torch.get_num_threads()}"
+    return ways[choose(key, ways, preferred="native")]()
+
+
+def native_convolution(
+    x: Tensor, weight: Tensor, stride: Sequence[int], padding: Sequence[int]
+) -> Tensor:
+    """PyTorch's own; takes what :func:`convolution` takes."""
+    plain = ([1, 1], False, [0, 0], 1)  # dilation, transposed, output padding, groups
+    result: Tensor = torch.ops.aten.convolution.default(x, weight, None, stride, padding, *plain)
+    return result
+
+
+def is_worth_a_product(places: int, weight: Tensor) -> bool:
+    """Whether images are so small that the output could be faster as a product.
+
+    Args:
+        places: of the output, in all images.
+        weight: shape (O, C, h, w), of known sizes.
+    """
+    if weight.dtype not in _DTYPES or places > _ROWS_TO_WEIGHT * weight.shape[0]:
+        return False
+    return not is_small(places * weight.numel(), weight.dtype)
+
+
+def output(x: Tensor, weight: Tensor, stride: Sequence[int], padding: Sequence[int]) -> Tensor:
+    """The output of a convolution, channels-last; takes what :func:`convolution` takes."""
+    outputs, channels, height, width = weight.shape
+    windows = _windows(x, (height, width), stride, padding)
+    rows = windows.reshape(-1, height * width * channels)
+    result = matmul(rows, weight.permute(0, 2, 3, 1).reshape(outputs, -1).t())
+    return result.view(*windows.shape[:3], outputs).permute(0, 3, 1, 2)
 
 
 def convolution_backward(
@@ -74,12 +131,11 @@ def convolution_backward(
     plain = not transposed and groups == 1 and all(step == 1 for step in dilation)
     if not (plain and wanted[1] and _is_worth_measuring(gradient, x, weight)):
         return native(*wanted)
-    is_small_image = _places(gradient) <= _ROWS_TO_WEIGHT * weight.shape[0]
     ways: dict[str, Callable[[], Gradients]] = {
         "native": lambda: native(*wanted),
         "product for the weight": product_for_weight,
     }
-    if wanted[0] and is_small_image:
+    if wanted[0] and is_worth_a_product(_places(gradient), weight):
         ways["products"] = products
     sizes = [tuple(x.shape), tuple(weight.shape), tuple(stride), tuple(padding), len(ways)]
     key = f"convolution backward {sizes} {str(x.dtype)[6:]} {torch.get_num_threads()}"
@@ -127,11 +183,7 @@ def weight_gradient(
         padding: with zeros, likewise.
     """
     outputs, channels, height, width = weight.shape
-    image = x.permute(0, 2, 3, 1)
-    if any(padding):
-        image = pad(image, (0, 0, padding[1], padding[1], padding[0], padding[0]))
-    windows = image.unfold(1, height, stride[0]).unfold(2, width, stride[1])
-    windows = windows.permute(0, 1, 2, 4, 5, 3)  # N, H', W', h, w, C
+    windows = _windows(x, (height, width), stride, padding)
     by_place = gradient.permute(0, 2, 3, 1)
     # In FP32, as the products of many parts may be added up.
     total: Tensor | None = None
@@ -142,6 +194,17 @@ def weight_gradient(
     assert total is not None
     result = total.to(gradient.dtype).view(outputs, height, width, channels)
     return result.permute(0, 3, 1, 2)
+
+
+def _windows(
+    x: Tensor, kernel: tuple[int, int], stride: Sequence[int], padding: Sequence[int]
+) -> Tensor:
+    """What the kernel sees at each place: a view of shape (N, H', W', h, w, C)."""
+    image = x.permute(0, 2, 3, 1)
+    if any(padding):
+        image = pad(image, (0, 0, padding[1], padding[1], padding[0], padding[0]))
+    windows = image.unfold(1, kernel[0], stride[0]).unfold(2, kernel[1], stride[1])
+    return windows.permute(0, 1, 2, 4, 5, 3)
 
 
 def _parts(windows: Tensor, memory: int) -> Iterator[tuple[slice, slice]]:

@@ -18,6 +18,11 @@ def has_convolution(graph: fx.Graph) -> bool:
     return any(value(node.args[0]).dim() == 4 for node in convolutions)
 
 
+def is_image(tensor: Tensor) -> bool:
+    """Whether it has four dimensions of known sizes."""
+    return tensor.dim() == 4 and all(isinstance(size, int) for size in tensor.shape)
+
+
 def is_seen_by_caller(node: fx.Node) -> bool:
     """Whether the strides of something that the caller gets may follow from those of ``node``.
 

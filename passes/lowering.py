@@ -30,7 +30,7 @@ from torch._inductor.decomposition import select_decomp_table
 
 from passes import ops
 from passes.activations import ACTIVATION_EXPANSIONS, expand_activations, write_out
-from passes.convolution import call_native_backward
+from passes.convolution import call_native_backward, choose_for_small_images
 from passes.embedding import EMBEDDING_BACKWARD, add_in_place
 from passes.gemm import is_small
 from passes.graph import aten, calls, cast, emit, likely_size, value
@@ -55,6 +55,7 @@ def lower(graph: fx.Graph) -> int:
     for node in calls(graph, EMBEDDING_BACKWARD):
         write_out(node, select_decomp_table()[EMBEDDING_BACKWARD])
     call_native_backward(graph)
+    choose_for_small_images(graph)
     add_in_place(graph)
     return fired
 

@@ -26,7 +26,9 @@ from passes.gemm import (
     packed_for,
     shape_key,
 )
+from passes.im2col import convolution as _convolution
 from passes.im2col import convolution_backward as _convolution_backward
+from passes.im2col import native_convolution
 
 Saved = Literal["output", "input"]
 
@@ -99,6 +101,10 @@ _LIBRARY.define(
     tags=_TAGS,
 )
 
+_LIBRARY.define(
+    "convolution(Tensor x, Tensor weight, int[] stride, int[] padding) -> Tensor",
+    tags=(torch.Tag.pt2_compliant_tag,),  # laid out as passes/convolution.py says
+)
 _LIBRARY.define(
     "convolution_backward(Tensor gradient, Tensor x, Tensor weight, SymInt[]? bias_sizes, SymInt[] stride, "
     "SymInt[] padding, SymInt[] dilation, bool transposed, SymInt[] output_padding, SymInt groups, "
@@ -289,6 +295,7 @@ _LIBRARY.impl("linear", _linear, "CPU")
 _LIBRARY.impl("linear_saving_input", _linear_saving_input, "CPU")
 _LIBRARY.impl("linear_add", _linear_add, "CPU")
 _LIBRARY.impl("linear_backward", _linear_backward, "CPU")
+_LIBRARY.impl("convolution", _convolution, "CPU")
 _LIBRARY.impl("convolution_backward", _convolution_backward, "CPU")
 _LIBRARY.impl("max_pool_backward", _max_pool_backward, "CPU")
 
@@ -308,6 +315,7 @@ torch.library.register_fake(
     "optcpu::linear_add", lambda x, weight, *_: _fake_product(x, weight.shape[0]), lib=_LIBRARY
 )
 torch.library.register_fake("optcpu::linear_backward", _fake_linear_backward, lib=_LIBRARY)
+torch.library.register_fake("optcpu::convolution", native_convolution, lib=_LIBRARY)
 torch.library.register_fake(
     "optcpu::convolution_backward", _aten.convolution_backward.default, lib=_LIBRARY
 )
@@ -318,5 +326,6 @@ linear_op = torch.ops.optcpu.linear.default
 linear_saving_input = torch.ops.optcpu.linear_saving_input.default
 linear_add = torch.ops.optcpu.linear_add.default
 linear_backward = torch.ops.optcpu.linear_backward.default
+convolution = torch.ops.optcpu.convolution.default
 convolution_backward = torch.ops.optcpu.convolution_backward.default
 max_pool_backward = torch.ops.optcpu.max_pool_backward.default

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import Any, ClassVar
 
 import torch
-from torch import Tensor, fx
+from torch import fx
 
 from passes import ops
 from passes.base import Pass, Stage
@@ -23,7 +23,12 @@ from passes.graph import (
     sizes,
     value,
 )
-from passes.layout import has_convolution, is_seen_by_caller, written_channels_last
+from passes.layout import (
+    has_convolution,
+    is_image,
+    is_seen_by_caller,
+    written_channels_last,
+)
 
 MAX_POOLS = (
     aten.max_pool2d_with_indices.default,
@@ -202,17 +207,12 @@ class PoolChannelsLast(Pass):
 
 def _lay_out(node: fx.Node) -> bool:
     """Let what reads one result of a max-pool read it channels-last; whether that can be."""
-    if not _is_image(value(node)) or is_seen_by_caller(node):
+    if not is_image(value(node)) or is_seen_by_caller(node):
         return False
     with node.graph.inserting_after(node):
         laid_out = written_channels_last(node, node)
     node.replace_all_uses_with(laid_out, delete_user_cb=lambda user: user is not laid_out)
     return True
-
-
-def _is_image(tensor: Tensor) -> bool:
-    """Whether it has four dimensions of known sizes."""
-    return tensor.dim() == 4 and all(isinstance(size, int) for size in tensor.shape)
 
 
 @dataclass(frozen=True, repr=False)
@@ -268,7 +268,7 @@ def expand_backward(graph: fx.Graph) -> int:
                 )
                 node.update_arg(len(node.args) - 1, inside)
             elif _is_tiling(node):
-                image = channels_last and _is_image(value(node)) and not is_seen_by_caller(node)
+                image = channels_last and is_image(value(node)) and not is_seen_by_caller(node)
                 node.replace_all_uses_with(_select(node, image))
                 graph.erase_node(node)
             else:

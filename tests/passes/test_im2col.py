@@ -1,4 +1,4 @@
-"""The gradients of convolutions as products are PyTorch's, and taken where they are faster."""
+"""Convolutions and their gradients as products are PyTorch's, and taken where they are faster."""
 
 from __future__ import annotations
 
@@ -91,6 +91,31 @@ def test_gradients_are_those_of_pytorch(
     torch.testing.assert_close(got, of_weight.float(), rtol=1e-4, atol=1e-4)
 
 
+@settings(max_examples=60, deadline=None)
+@given(
+    st.integers(1, 3),
+    st.integers(1, 17),
+    st.integers(1, 17),
+    st.tuples(st.integers(3, 7), st.integers(3, 7)),
+    PAIRS,
+    PAIRS,
+    st.tuples(st.integers(0, 2), st.integers(0, 2)),
+)
+def test_outputs_are_those_of_pytorch(
+    images: int,
+    channels: int,
+    outputs: int,
+    size: tuple[int, int],
+    kernel: tuple[int, int],
+    stride: tuple[int, int],
+    padding: tuple[int, int],
+) -> None:
+    _, *given = operands(images, channels, outputs, size, kernel, stride, padding)
+    result = im2col.output(*given)
+    assert_alike(result, im2col.native_convolution(*given))
+    assert result.is_contiguous(memory_format=CHANNELS_LAST)
+
+
 @pytest.mark.parametrize(
     ("cached_bytes", "shapes"),
     [
@@ -147,6 +172,23 @@ def test_all_ways_give_the_same(way: str, taken: list[str]) -> None:
     for one, other in zip(backward(given, ops.convolution_backward), expected, strict=True):
         assert_alike(one, other)
     assert not taken
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("way", ["native", "product"])
+def test_both_ways_give_the_same_output(way: str, dtype: torch.dtype, taken: list[str]) -> None:
+    _, *given = operands(**LARGE, dtype=dtype)
+    taken.append(way)
+    result = ops.convolution(*given)
+    assert_alike(result, im2col.native_convolution(*given), 1e-5 if dtype.itemsize == 4 else 1e-2)
+    assert not taken
+
+
+def test_outputs_of_other_layouts_are_left_to_pytorch(taken: list[str]) -> None:
+    _, x, weight, *geometry = operands(**LARGE)
+    expected = im2col.native_convolution(x, weight, *geometry)
+    for other in ((x.contiguous(), weight), (x, weight.contiguous())):
+        torch.testing.assert_close(ops.convolution(*other, *geometry), expected)
 
 
 def test_large_images_have_a_product_for_the_weight_alone(monkeypatch: pytest.MonkeyPatch) -> None:
