@@ -18,12 +18,15 @@ class BackwardHooks:
         parameters: whom to watch.
         update: given the place of a parameter among ``parameters``, updates it.
         accumulation_steps: how many backward passes make a gradient complete.
+
+    Attributes:
+        accumulation_steps: as given.
     """
 
     def __init__(
         self, parameters: list[Tensor], update: Callable[[int], None], accumulation_steps: int
     ) -> None:
-        self._accumulation_steps = accumulation_steps
+        self.accumulation_steps = accumulation_steps
         self._passes = [0] * len(parameters)
         self._update = update
         self._handles: list[RemovableHandle] = [
@@ -34,22 +37,22 @@ class BackwardHooks:
 
     def _hook_for(self, place: int) -> Callable[[Tensor], None]:
         def hook(parameter: Tensor) -> None:
-            if self._passes[place] == self._accumulation_steps:
+            if self._passes[place] == self.accumulation_steps:
                 raise OptcpuError(
-                    f"there were more than accumulation_steps = {self._accumulation_steps} backward "
+                    f"there were more than accumulation_steps = {self.accumulation_steps} backward "
                     "passes since the last optimizer.step(): call it after each "
-                    f"{self._accumulation_steps}, though parameters are updated before"
+                    f"{self.accumulation_steps}, though parameters are updated before"
                 )
             self._passes[place] += 1
-            if self._passes[place] == self._accumulation_steps:
+            if self._passes[place] == self.accumulation_steps:
                 self._update(place)
                 parameter.grad = None
 
         return hook
 
-    def begin_step(self) -> None:
-        """Expect as many backward passes anew."""
-        self._passes = [0] * len(self._passes)
+    def begin_step(self, done: int = 0) -> None:
+        """Expect as many backward passes anew, of which ``done`` have been made."""
+        self._passes = [done] * len(self._passes)
 
     def remove(self) -> None:
         """Watch nobody any more."""

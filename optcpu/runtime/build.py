@@ -23,7 +23,6 @@ from optcpu.cpu import capabilities
 from optcpu.errors import OptcpuError
 from optcpu.layout import expect_products
 from optcpu.optim import SGD, Adam, AdamW, Lamb, Lookahead
-from optcpu.optim.base import StoredOptimizer
 from optcpu.optim.weights import StoredWeight
 from optcpu.optimize import Settings, compiled_call, optimize
 from optcpu.pipeline import Pipeline, resolve_precision
@@ -224,25 +223,6 @@ def _check_compiled(
         )
 
 
-def update_in_backward(optimizer: Optimizer, accumulation_steps: int, processes: int) -> None:
-    """Let ``optimizer`` update each parameter in the backward pass of a step's last micro-batch.
-
-    Raises:
-        ValueError: it cannot, or processes have to add up their gradients first.
-    """
-    inner = optimizer.optimizer if isinstance(optimizer, Lookahead) else optimizer
-    if not isinstance(inner, StoredOptimizer):
-        raise ValueError(
-            f"update_in_backward needs an optimizer of optcpu.optim, not {type(inner).__name__}"
-        )
-    if processes > 1:
-        raise ValueError(
-            "update_in_backward is for one process: several add up their gradients before the update; "
-            "leave it out"
-        )
-    inner.update_in_backward(accumulation_steps)
-
-
 def make_scheduler(
     given: Any,
     optimizer: Optimizer,
@@ -324,33 +304,6 @@ def make_freezer(
     if not isinstance(made, DynamicFreezer):
         raise TypeError(f"freezer must make a DynamicFreezer, not {type(made).__name__}")
     return made
-
-
-def check_monitors(options: TrainerOptions, known: Sequence[str], validates: bool) -> None:
-    """Refuse to watch what no validation gives.
-
-    Args:
-        options: of the run.
-        known: what validation gives.
-        validates: whether there are validations.
-
-    Raises:
-        ValueError: there is none, or it does not give that.
-    """
-    stopping, checkpoints = options.early_stopping, options.checkpoints
-    monitors = {
-        "early_stopping.monitor": None if stopping is None else stopping.monitor,
-        "checkpoints.best": None if checkpoints is None else checkpoints.best,
-    }
-    for name, monitor in monitors.items():
-        if monitor is None:
-            continue
-        if not validates:
-            raise ValueError(f"{name} = {monitor!r} needs validation_data")
-        if monitor not in known:
-            raise ValueError(
-                f"{name} is {monitor!r}, but validation gives {', '.join(known)}: add it to metrics"
-            )
 
 
 def check_functions(**functions: Any) -> None:

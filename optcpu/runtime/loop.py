@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import contextlib
 import logging
 import time
-import warnings
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any, cast
 
@@ -17,8 +15,9 @@ from optcpu.measure.batches import Batch, signature
 from optcpu.optimize import compiled_call
 from optcpu.runtime.checkpoint.folder import CheckpointFolder
 from optcpu.runtime.display import Display
-from optcpu.runtime.freezing.freezer import DynamicFreezer
+from optcpu.runtime.finish import Finisher, step_scheduler
 from optcpu.runtime.metrics_log import MetricsLog
+from optcpu.runtime.monitors import check_results
 from optcpu.runtime.options import TrainerOptions
 from optcpu.runtime.report import Reporter
 from optcpu.runtime.run import Run
@@ -92,9 +91,10 @@ class Loop:
         self._shapes: set[tuple[tuple[int, ...], ...]] = set()  # of what was compiled
         self._regions = 0  # of the model's code that were compiled, as far as is known
         self._has_compiled()
-        self._reporter = Reporter(
+        reporter = Reporter(
             run, options, display, log, validates=validation is not None, trainer=trainer
         )
+        self._finisher = Finisher(run, reporter)
 
     def go(self) -> str | None:
         """Run to the end.
@@ -110,7 +110,7 @@ class Loop:
                 raise
 
     def _go(self) -> str | None:
-        self._reporter.log_what_is_due()
+        self._finish_last_step()
         while True:
             if self._validation_is_due():
                 self.validate()
@@ -132,6 +132,14 @@ class Loop:
             else:
                 self._make(step)
 
+    def _finish_last_step(self) -> None:
+        """Do what an error has left to do about the step that a run goes on behind."""
+        if self._run.position.unfinished is not None:
+            self._finisher.follow(late=True)
+            self._changed = True
+            self._saved = -1  # a checkpoint that is due here is another one now
+        self._finisher.tell()
+
     def draw(self) -> MicroBatches | None:
         """The micro-batches of the next step; None at the end of an epoch."""
         run = self._run
@@ -143,12 +151,14 @@ class Loop:
             self._before = None
             return None
         alone = self._options.local_steps is not None
-        return collect(raw, before, self._size_of, _itself if alone else run.world.sum_numbers)
+        sum_over_all = _itself if alone else run.world.sum_numbers
+        return collect(raw, before, self._size_of, sum_over_all, run.feed.repeated)
 
     def _make(self, step: MicroBatches) -> None:
         run, position = self._run, self._run.position
         run.pending = step
         started = time.perf_counter()
+        self._runner.begin(step)
         while not step.complete:
             if self._stop.by is not None and run.world.size == 1:
                 return  # the gradient so far goes into the checkpoint
@@ -163,30 +173,19 @@ class Loop:
             position.bad_steps = 0
         else:
             self._leave_out(step)
-        if not isinstance(run.scheduler, ReduceLROnPlateau):
-            with warnings.catch_warnings() if step.bad else contextlib.nullcontext():
-                if step.bad:  # PyTorch would warn of a scheduler that comes before the optimizer
-                    warnings.simplefilter("ignore")
-                run.scheduler.step()
         position.step += 1
         alone = self._options.local_steps is not None
-        samples = int(run.world.sum_numbers(float(step.total))[0]) if alone else step.total
+        samples = int(run.world.sum_numbers(sum(step.sizes))[0]) if alone else step.total
         position.samples += samples
         position.epoch_ended = False
-        if run.freezer is not None and step.bad is None:
-            self._freeze(run.freezer)
+        self._finisher.begin(self._mean_loss(step), norm, samples, made=step.bad is None)
         self._before, self._changed, self._updating = None, True, False
+        self._finisher.follow()
         phase = "compile" if self._has_compiled() else "step"
         run.clock.add(phase, time.perf_counter() - started)
         if phase == "compile" and not self._options.dynamic:
             self._note_shapes(step)
-        self._report(step, norm, samples)
-
-    def _freeze(self, freezer: DynamicFreezer) -> None:
-        before = len(freezer.events)
-        freezer.step()
-        if len(freezer.events) > before:  # all go on with the statistics that are saved
-            self._run.world.share_from_first(buffers_of(self._run.model, self._run.loss).values())
+        self._finisher.tell()
 
     def _note_shapes(self, step: MicroBatches) -> None:
         """Warn once where batches come in so many shapes that compiling each does not pay."""
@@ -199,12 +198,10 @@ class Loop:
                 "eagerly. Remedy: dynamic=True, or batches of few shapes (pad them, drop_last=True)"
             )
 
-    def _report(self, step: MicroBatches, norm: float | None, samples: int) -> None:
+    def _mean_loss(self, step: MicroBatches) -> float:
         world = self._run.world
         (loss,) = world.sum_numbers(step.loss)
-        if self._options.local_steps is not None:
-            loss /= world.size
-        self._reporter.step(loss, norm, samples, made=step.bad is None)
+        return loss if self._options.local_steps is None else loss / world.size
 
     def _leave_out(self, step: MicroBatches) -> None:
         """Do what ``on_nan`` says about a step whose loss or gradient is not finite."""
@@ -288,11 +285,13 @@ class Loop:
         run.clock.add(phase, time.perf_counter() - started)
         told = "  ".join(f"{name} {value:.4g}" for name, value in results.items())
         self._display.message(f"step {position.step}: validation {told}")
-        if self._log is not None:  # if that fails, the validation is made again
+        # If something fails up to where it is noted, the validation is made again.
+        check_results(self._options, results)
+        if self._log is not None:
             self._log.add("validation", position.step, position.epoch, results)
-        position.validated, position.metrics, self._changed = position.step, results, True
         if isinstance(run.scheduler, ReduceLROnPlateau):
-            run.scheduler.step(results["loss"])
+            step_scheduler(run, results["loss"])
+        position.validated, position.metrics, self._changed = position.step, results, True
         if run.stopper is not None:
             position.stop_reason = run.stopper.reason_to_stop(results)
         self._note_best(results)

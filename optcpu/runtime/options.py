@@ -386,6 +386,11 @@ def _groups_with(kind: type[Options], path: list[str]) -> list[str]:
 
 def _names_at(kind: type[Options], path: list[str]) -> list[str]:
     """The settings of the group that ``path`` leads to."""
+    return list(group_at(kind, path).model_fields)
+
+
+def group_at(kind: type[Options], path: list[str]) -> type[Options]:
+    """The group that ``path`` leads to from ``kind``, or the one that its last setting is in."""
     for part in path:
         if part not in kind.model_fields:
             continue  # pydantic names the branch of a union, too
@@ -394,4 +399,4 @@ def _names_at(kind: type[Options], path: list[str]) -> list[str]:
         inner = [g for g in groups if isinstance(g, type) and issubclass(g, Options)]
         if inner:
             kind = inner[0]
-    return list(kind.model_fields)
+    return kind

@@ -2,14 +2,33 @@
 
 from __future__ import annotations
 
+import contextlib
 import math
 import time
 from typing import Any
 
 from optcpu.runtime.display import Display
 from optcpu.runtime.metrics_log import MetricsLog
-from optcpu.runtime.options import TrainerOptions
-from optcpu.runtime.run import Run
+from optcpu.runtime.options import LogOptions, TrainerOptions
+from optcpu.runtime.run import Position, Run
+
+
+def open_log(
+    options: LogOptions | None, position: Position
+) -> contextlib.AbstractContextManager[MetricsLog | None]:
+    """The metrics log of a run that is at ``position``, to be closed; None without options.
+
+    Raises:
+        OptcpuError: it cannot be written.
+    """
+    if options is None:
+        return contextlib.nullcontext()
+    told = [] if position.unlogged is not None or position.unfinished is not None else ["train"]
+    told += ["validation"] if position.validated == position.step else []
+    log = MetricsLog(
+        options.folder, tensorboard=options.tensorboard, after_step=position.step, told=told
+    )
+    return contextlib.closing(log)
 
 
 class Reporter:

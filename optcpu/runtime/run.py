@@ -49,6 +49,8 @@ class Position:
         metrics: what that validation gave.
         best: the best value of the metric that decides which checkpoint is kept.
         best_of: that metric, and whether less or more of it is better.
+        unfinished: what is left to do about the last step, and what is to be told of it; None once
+            that is done (:class:`optcpu.runtime.finish.Finisher`).
         unlogged: what the log should tell of the last step, and does not yet.
         bad_steps: how many steps in a row were bad.
         regular_save: the step of the last checkpoint that a run without interruption has, too.
@@ -64,6 +66,7 @@ class Position:
     metrics: dict[str, float] = field(default_factory=dict)
     best: float | None = None
     best_of: str | None = None
+    unfinished: dict[str, Any] | None = None
     unlogged: dict[str, float] | None = None
     bad_steps: int = 0
     regular_save: int = -1

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import operator
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -16,6 +16,7 @@ from optcpu.errors import OptcpuError
 from optcpu.measure.batches import Batch, Loss, as_batches, describe_call, units_in
 from optcpu.optim.lookahead import Lookahead
 from optcpu.runtime.objective import objective
+from optcpu.runtime.updates import count_passes
 from optcpu.runtime.world import World
 
 _TOO_FEW = "Expected more than 1 value per channel"  # so PyTorch tells of batch norm
@@ -28,10 +29,11 @@ class MicroBatches:
     Attributes:
         batches: as :mod:`optcpu.measure.batches` describes them.
         before: the state of data and random generators from which they were drawn.
-        total: samples in all of them, over all processes.
+        total: samples in all of them, over all processes that share the step; at least 1.
         done: how many of them have gone through forward and backward.
         loss: the sum of their losses, each times its share of ``total``.
         bad: why the step must not be made, in words; None while all is well.
+        sizes: samples in each; 0 where it only repeats what another process has.
     """
 
     batches: list[Batch]
@@ -53,6 +55,7 @@ def collect(
     before: dict[str, Any],
     size_of: Callable[[Batch], int],
     sum_over_all: Callable[[float], tuple[float, ...]],
+    repeated: Collection[int] = (),
 ) -> MicroBatches:
     """Make the batches that a loader gave those of one step.
 
@@ -61,6 +64,7 @@ def collect(
         before: the state of data and generators from which they were drawn.
         size_of: counts the samples in a batch.
         sum_over_all: of a number in each of the processes that share a step.
+        repeated: the places of batches that another process has, too, and that count nothing here.
 
     Raises:
         TypeError, ValueError: one of them is no batch.
@@ -69,8 +73,9 @@ def collect(
     sizes = [_whole(size_of(batch)) for batch in batches]
     if min(sizes) < 1:
         raise ValueError(f"a micro-batch counts {min(sizes)} samples; at least 1 was expected")
+    sizes = [0 if place in repeated else size for place, size in enumerate(sizes)]
     (total,) = sum_over_all(float(sum(sizes)))
-    return MicroBatches(batches, before, int(total), sizes=sizes)
+    return MicroBatches(batches, before, max(int(total), 1), sizes=sizes)
 
 
 def _whole(size: Any) -> int:
@@ -127,6 +132,11 @@ class StepRunner:
         self._steps_alone = 0
         if self._local_steps is not None and isinstance(optimizer, Lookahead):
             optimizer.average = world.average
+
+    def begin(self, step: MicroBatches) -> None:
+        """Expect the micro-batches of ``step`` that are not done."""
+        if self._updates_in_backward:
+            count_passes(self._optimizer, step.done)
 
     def run_micro_batch(self, step: MicroBatches) -> None:
         """Forward and backward of the next micro-batch of ``step``; its gradient is added."""

@@ -20,7 +20,6 @@ from optcpu.runtime.build import (
     check_functions,
     check_local_steps,
     check_model,
-    check_monitors,
     check_optimizer,
     checked_callbacks,
     compile_model,
@@ -29,7 +28,6 @@ from optcpu.runtime.build import (
     make_scheduler,
     optimizer_settings,
     threads_for,
-    update_in_backward,
 )
 from optcpu.runtime.callbacks import Callback
 from optcpu.runtime.checkpoint.folder import CheckpointFolder
@@ -38,17 +36,19 @@ from optcpu.runtime.data.loading import Feed, evaluation_batches
 from optcpu.runtime.display import Display
 from optcpu.runtime.freezing.freezer import DynamicFreezer
 from optcpu.runtime.loop import Loop
-from optcpu.runtime.metrics_log import MetricsLog
 from optcpu.runtime.modes import modes_kept
+from optcpu.runtime.monitors import check_monitors
 from optcpu.runtime.objective import is_own
 from optcpu.runtime.options import OptimizerOptions, ScheduleOptions, TrainerOptions, read_options
 from optcpu.runtime.placement import settle
 from optcpu.runtime.plan import Plan
-from optcpu.runtime.run import Position, Run
+from optcpu.runtime.report import open_log
+from optcpu.runtime.run import Run
 from optcpu.runtime.signals import StopRequest
 from optcpu.runtime.step import StepRunner, buffers_of, samples_in, trained_parameters
 from optcpu.runtime.stopping import Stopper
-from optcpu.runtime.validation import Metric, check_metrics, names_of, validate
+from optcpu.runtime.updates import updates_in_backward
+from optcpu.runtime.validation import Metric, check_metrics, validate
 from optcpu.runtime.world import World
 from passes.base import Pass, Rewrite
 
@@ -89,7 +89,9 @@ class Trainer:
         model: any module with FP32 parameters on the CPU.
         train_data: a ``DataLoader``, a dataset (which is shuffled, and cut into micro-batches of
             ``batch_size``), or any iterable of batches that can be gone through anew each epoch;
-            :mod:`optcpu.measure.batches` says what a batch may be.
+            :mod:`optcpu.measure.batches` says what a batch may be. Of several processes under torchrun
+            each takes its part of a dataset; an ``IterableDataset``, a ``DataLoader`` or an iterable has
+            to give each its part itself.
         loss: ``loss(output, batch)``, the mean over the batch; None takes the one that belongs to the
             output (:func:`optcpu.measure.batches.default_loss`). The parameters of one that is a module
             are trained and saved like those of the model.
@@ -157,7 +159,7 @@ class Trainer:
         self.model = model
         self._loss: Loss = default_loss if loss is None else loss
         self._metrics = check_metrics(metrics)
-        check_monitors(self.options, names_of(self._metrics), validation_data is not None)
+        check_monitors(self.options, self._metrics, validates=validation_data is not None)
         if validation_data is None and (self._metrics or self.options.validate_every):
             raise ValueError("metrics and validate_every need validation_data: give them, too")
         self._callbacks = checked_callbacks(callbacks)
@@ -182,16 +184,15 @@ class Trainer:
             )
         self.optimizer = self._make_optimizer(optimizer)
         compile_model(model, self.optimizer, self.options, passes, state_dtype)
-        if self.options.update_in_backward:
-            update_in_backward(self.optimizer, self.options.accumulation_steps, self._world.size)
         accumulation, epochs = self.options.accumulation_steps, self.options.epochs
         self._plan = Plan.of(self._feed.length, accumulation, epochs, self.options.steps)
         self._scheduler = make_scheduler(
             scheduler, self.optimizer, self.options, self._plan.total, validation_data is not None
         )
-        self._freezer = make_freezer(
-            freezer, self.model, self.optimizer, self.options, self._plan.total
-        )
+        with self._updates_in_backward():  # or it is told here that they cannot be
+            self._freezer = make_freezer(
+                freezer, self.model, self.optimizer, self.options, self._plan.total
+            )
         self._stop = StopRequest()
         self._run: Run | None = None
         self._begun = False
@@ -223,13 +224,19 @@ class Trainer:
         threads = torch.get_num_threads()
         torch.set_num_threads(self._threads)
         try:
-            with modes_kept(self.model):
+            with modes_kept(self.model), self._updates_in_backward():
                 self.model.train()
                 if self._freezer is not None:
                     self._freezer.keep_modes()
                 return self._train()
         finally:
             torch.set_num_threads(threads)
+
+    def _updates_in_backward(self) -> contextlib.AbstractContextManager[None]:
+        options = self.options
+        if not options.update_in_backward:
+            return contextlib.nullcontext()
+        return updates_in_backward(self.optimizer, options.accumulation_steps, self._world.size)
 
     def _train(self) -> TrainingResult:
         options, world, folder = self.options, self._world, self._open_folder()
@@ -252,7 +259,7 @@ class Trainer:
         shown = options.progress if world.first else False
         with (
             contextlib.nullcontext() if folder is None or not world.first else folder.in_use(),
-            contextlib.closing(_Log(options, run.position, world)) as log,
+            open_log(options.log if world.first else None, run.position) as log,
             Display(shown, run.plan.total, run.position.step) as display,
         ):
             loop = Loop(
@@ -262,7 +269,7 @@ class Trainer:
                 validation=self._validation,
                 metrics=self._metrics,
                 folder=folder,
-                log=log.file,
+                log=log,
                 display=display,
                 size_of=self._size_of,
                 stop=self._stop,
@@ -391,24 +398,3 @@ class Trainer:
         state = self._world.from_first(self.optimizer.state_dict() if self._world.first else None)
         if not self._world.first:
             self.optimizer.load_state_dict(state)
-
-
-class _Log:
-    """The metrics log of the first process, if one is wanted."""
-
-    def __init__(self, options: TrainerOptions, position: Position, world: World) -> None:
-        self.file: MetricsLog | None = None
-        if options.log is not None and world.first:
-            self.file = MetricsLog(
-                options.log.folder,
-                tensorboard=options.log.tensorboard,
-                after_step=position.step,
-                told=[
-                    *(["train"] if position.unlogged is None else []),
-                    *(["validation"] if position.validated == position.step else []),
-                ],
-            )
-
-    def close(self) -> None:
-        if self.file is not None:
-            self.file.close()

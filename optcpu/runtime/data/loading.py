@@ -22,6 +22,7 @@ from optcpu.runtime.data.fetching import (
 )
 from optcpu.runtime.data.randomness import stream_key
 from optcpu.runtime.data.sampling import ResumableBatchSampler
+from optcpu.runtime.data.sharing import is_shared, warn_if_not_shared
 from optcpu.runtime.data.sources import State, length_of, source_of
 
 Workers = int | Literal["auto"]
@@ -140,7 +141,7 @@ def evaluation_batches(
         )
     if length_of(data) == 0:
         raise ValueError("the data to evaluate on are empty")
-    if world_size > 1 and isinstance(data, DataLoader) and _is_shared(data):
+    if world_size > 1 and isinstance(data, DataLoader) and is_shared(data):
         warn(
             "only the first process's part of the validation data counts, as their loader has a "
             "DistributedSampler: leave that out, or give the dataset in place of the loader"
@@ -180,6 +181,8 @@ class Feed:
     Attributes:
         epoch: that is being gone through, counted from 0.
         batches_done: how many of its batches have been taken.
+        repeated: the places of those batches, among the ones taken last, that are there only for this
+            rank to take part, as there were fewer samples left than ranks: they count as no samples.
 
     Raises:
         TypeError: ``data`` are of another kind.
@@ -200,6 +203,8 @@ class Feed:
         world_size: int = 1,
     ) -> None:
         _check_data(data)
+        if world_size > 1 and rank == 0:
+            warn_if_not_shared(data)
         if _is_dataset(data):
             data = make_loader(
                 data,
@@ -212,14 +217,13 @@ class Feed:
                 rank=rank,
                 world_size=world_size,
             )
-        elif world_size > 1:
-            _warn_if_not_shared(data)
         if length_of(data) == 0:
             raise ValueError("the training data are empty: give at least one batch")
         self._source = source_of(data)
         self._once = isinstance(data, Iterator)
         self.epoch = 0
         self.batches_done = 0
+        self.repeated: list[int] = []
         self._batches: Iterator[Any] | None = None
         self._exhausted = False
         self._to_resume: dict[str, Any] | None = None  # after a failure
@@ -248,9 +252,11 @@ class Feed:
         """
         before = self.state_dict() if before is None else before
         taken: list[Any] = []
+        self.repeated = []
         try:
             self._open()
             while len(taken) < count and (batch := self._next()) is not _END:
+                self.repeated += [len(taken)] if self._source.passed() else []
                 taken.append(batch)
         except Exception as error:
             place = f"batch {self.batches_done} of epoch {self.epoch} (counted from 0)"
@@ -325,7 +331,6 @@ class Feed:
         if batch is _END:
             self._exhausted = True
         else:
-            self._source.passed()
             self.batches_done += 1
         return batch
 
@@ -366,27 +371,6 @@ def _is_dataset(data: Any) -> bool:
         return True
     by_index = hasattr(data, "__getitem__") and hasattr(data, "__len__")
     return by_index and not isinstance(data, (Sequence, Mapping))
-
-
-def _warn_if_not_shared(data: Any) -> None:
-    if isinstance(data, (list, tuple)):
-        warn(
-            "each process goes through all of the training data, as they are a list of batches: give each "
-            "process a list of its own, or give a dataset"
-        )
-    from_samples = isinstance(data, DataLoader) and not isinstance(data.dataset, IterableDataset)
-    if from_samples and not _is_shared(data):
-        warn(
-            "each process goes through all of the training data, as the loader has no "
-            "DistributedSampler: give one to the loader, or give the dataset in place of the loader"
-        )
-
-
-def _is_shared(loader: DataLoader[Any]) -> bool:
-    """Whether each process is to have other samples."""
-    by_batch: Any = loader.batch_sampler
-    samplers = (loader.sampler, by_batch, getattr(by_batch, "sampler", None))
-    return any(hasattr(s, "num_replicas") or hasattr(s, "world_size") for s in samplers)
 
 
 def _told(error: Exception) -> str:

@@ -6,7 +6,7 @@ import abc
 import logging
 from collections.abc import Iterable, Iterator, Mapping
 from itertools import islice
-from typing import Any, cast
+from typing import Any, TypeGuard, cast
 
 from torch.utils.data import DataLoader, Dataset
 
@@ -20,6 +20,8 @@ from optcpu.runtime.data.sampling import ResumableBatchSampler
 logger = logging.getLogger("optcpu.trainer")
 
 State = Mapping[str, Any]
+
+_NEW_WORKERS = "new_workers"
 
 
 class Source(abc.ABC):
@@ -54,8 +56,9 @@ class Source(abc.ABC):
     def go_between_epochs(self, state: State) -> None:  # noqa: B027 (most have nothing to do)
         """Make ready for the next epoch as it was when ``state`` was made."""
 
-    def passed(self) -> None:  # noqa: B027 (most need not know)
-        """Take note that a batch was given to training."""
+    def passed(self) -> bool:
+        """Take note that a batch was given to training; whether it only repeats another rank's sample."""
+        return False
 
 
 class SampledSource(Source):
@@ -85,9 +88,10 @@ class SampledSource(Source):
         self._sampler.load_state_dict(state)
         return iter(self._loader)
 
-    def passed(self) -> None:
-        consumed = self._state["consumed"]
-        self._state["consumed"] = consumed + self._sampler.share(consumed).total
+    def passed(self) -> bool:
+        share = self._sampler.share(self._state["consumed"])
+        self._state["consumed"] += share.total
+        return share.count == 0
 
     def state_dict(self) -> dict[str, Any]:
         return dict(self._state)
@@ -147,7 +151,9 @@ class ReplayedSource(Source):
 
     That is exact if what is fetched depends on those generators, and its order not on random numbers
     that fetching takes from a global generator in turn with the model. Workers that live on from epoch
-    to epoch (``persistent_workers``) keep generators that nobody can see: there is a warning.
+    to epoch (``persistent_workers``) keep generators that nobody can see: there is a warning. Their
+    loader draws a seed for new workers and none for those that live on, in front of what its sampler
+    draws: whether an epoch begins with new ones is remembered as well.
 
     Args:
         batches: the iterable.
@@ -167,14 +173,18 @@ class ReplayedSource(Source):
 
     def resume(self, epoch: int, done: int, state: State) -> Iterator[Any]:
         beginning = state["beginning"]
-        if epoch and _workers_live_on(self._batches):
-            warn(
-                "the loader has persistent_workers=True: random augmentation in its worker processes "
-                "does not go on as it would have without the interruption. Remedy: "
-                "persistent_workers=False, or give the dataset in place of the loader"
+        new_workers = beginning.get(_NEW_WORKERS)
+        if new_workers is None and epoch and _workers_live_on(self._batches):
+            _warn_of_workers()
+        if done and new_workers is False and not _workers_live_on(self._batches):
+            raise OptcpuError(
+                f"the checkpoint is in the middle of epoch {epoch}, whose samples were drawn by a loader "
+                "with persistent_workers=True, but now the loader has no such workers and draws others: "
+                "go on with persistent_workers=True, or start from a checkpoint between epochs"
             )
+        self._begin_workers(new_workers)
         _set_epoch(self._batches, epoch)
-        self.go_between_epochs(beginning)
+        self._set_generators(beginning["generators"])
         if done:
             self._check_alike(beginning.get("sizes", {}))
         set_rng_state(beginning["rng"])
@@ -212,10 +222,35 @@ class ReplayedSource(Source):
 
     def state_between_epochs(self) -> dict[str, Any]:
         generators = _generators(self._batches)
-        return {"generators": {name: generator_state(one) for name, one in generators.items()}}
+        states = {name: generator_state(one) for name, one in generators.items()}
+        if not _keeps_iterator(self._batches):
+            return {"generators": states}
+        return {"generators": states, _NEW_WORKERS: self._batches._iterator is None}
 
     def go_between_epochs(self, state: State) -> None:
-        generators, saved = _generators(self._batches), state["generators"]
+        self._begin_workers(state.get(_NEW_WORKERS))
+        self._set_generators(state["generators"])
+
+    def _begin_workers(self, new: bool | None) -> None:
+        """Let the epoch that comes next begin with new worker processes, or with some that are there.
+
+        That may move generators, and the samplers.
+
+        Args:
+            new: which of the two; None, as in checkpoints of old, leaves it.
+        """
+        if new is None or not _keeps_iterator(self._batches):
+            return
+        if new:
+            self._batches._iterator = None  # which ends those that are there
+        elif _workers_live_on(self._batches):
+            _warn_of_workers()
+            if self._batches._iterator is None:
+                _set_epoch(self._batches, 0)  # so were those begun that lived on
+                iter(self._batches)
+
+    def _set_generators(self, saved: Mapping[str, Any]) -> None:
+        generators = _generators(self._batches)
         if set(generators) != set(saved):
             raise OptcpuError(
                 f"the checkpoint has the generators {sorted(saved)} of the training data, which now have "
@@ -285,7 +320,20 @@ def _set_epoch(batches: Any, epoch: int) -> None:
             part.set_epoch(epoch)
 
 
+def _keeps_iterator(batches: Any) -> TypeGuard[DataLoader[Any]]:
+    """Whether this is a loader that says where it keeps worker processes that live on."""
+    return isinstance(batches, DataLoader) and hasattr(batches, "_iterator")
+
+
 def _workers_live_on(batches: Any) -> bool:
     return (
         isinstance(batches, DataLoader) and batches.num_workers > 0 and batches.persistent_workers
+    )
+
+
+def _warn_of_workers() -> None:
+    warn(
+        "the loader has persistent_workers=True: random augmentation in its worker processes does not go "
+        "on as it would have without the interruption. Remedy: persistent_workers=False from the start, "
+        "or give the dataset in place of the loader"
     )

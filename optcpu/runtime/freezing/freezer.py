@@ -227,6 +227,7 @@ class DynamicFreezer:
             "blocks": [block.name for block in self.blocks.blocks],
             "progress": _listed(self._progress),
             "observer": self._observer.state_dict(),
+            "ticked": self._ticked,
             "declined": self._declined,
             "events": [_listed(event) for event in self.events],
         }
@@ -250,7 +251,8 @@ class DynamicFreezer:
         self._set_frozen(progress.frozen)
         self._progress = progress
         self._observer.load_state_dict(state["observer"])
-        self._ticked, self._declined = self.steps, state["declined"]
+        self._ticked = state.get("ticked", self.steps)  # checkpoints once were without
+        self._declined = state["declined"]
         self.events = [FreezeEvent(**_tupled(event)) for event in state["events"]]
         self.keep_modes()
 

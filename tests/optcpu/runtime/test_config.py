@@ -102,6 +102,53 @@ def test_a_shorthand_leaves_the_rest_of_its_group(config_file: Path) -> None:
 
 
 @pytest.mark.parametrize(
+    "in_file", ["", "[early_stopping]\npatience = 3\n[freezing]\nwindow = 9\n"]
+)
+@pytest.mark.parametrize(
+    ("name", "settings"),
+    [
+        ("early_stopping", r"early_stopping\.monitor=VALUE; there are monitor, mode, min_delta"),
+        ("freezing", r"freezing\.window=VALUE; there are window, percentile"),
+        ("optimizer.lookahead", r"optimizer\.lookahead\.k=VALUE; there are k, alpha, pullback"),
+    ],
+)
+def test_a_group_without_a_shorthand_is_told(
+    config_file: Path, in_file: str, name: str, settings: str
+) -> None:
+    config_file.write_text(config_file.read_text() + in_file)
+    message = (
+        f"^{name} is 'loss', but that is a group of settings: give one of them, as in {settings}"
+    )
+    with pytest.raises(ValueError, match=message):
+        read_config(config_file, {name: "loss"})
+
+
+def test_a_text_is_no_group_of_settings(config_file: Path) -> None:
+    config_file.write_text(f"early_stopping = 'loss'\n{config_file.read_text()}")
+    with pytest.raises(
+        ValueError, match="early_stopping is 'loss', not a group of settings with one"
+    ):
+        read_config(config_file, {"early_stopping.patience": 3})
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("seed=" + "[" * 5000 + "]" * 5000, r"seed is '\[{40}\.\.\.', nested too deeply; a number"),
+        ("steps=" + "1" * 5000, r"steps is '1{40}\.\.\.', of too many digits; a number"),
+        (
+            "steps=1\nfoo=2",
+            r"expected one NAME=VALUE, got 'steps=1\\nfoo=2' with 2 settings: give each",
+        ),
+        ("steps=1\n[foo]", "with 2 settings: give each by itself"),
+    ],
+)
+def test_values_that_cannot_be_read_are_told(text: str, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        parse_override(text)
+
+
+@pytest.mark.parametrize(
     ("change", "message"),
     [
         ("epoch = 3", "there is no setting 'epoch'; did you mean 'epochs'"),
@@ -132,6 +179,9 @@ def test_a_file_that_is_not_there_or_not_toml(tmp_path: Path) -> None:
     (tmp_path / "bad.toml").write_text("epochs = = 3")
     with pytest.raises(OptcpuError, match=r"bad.toml is not TOML: .*line 1"):
         read_config(tmp_path / "bad.toml")
+    (tmp_path / "deep.toml").write_text(f"seed = {'[' * 5000}")
+    with pytest.raises(OptcpuError, match=r"a setting in .*deep.toml is nested too deeply; a num"):
+        read_config(tmp_path / "deep.toml")
     (tmp_path / "binary.toml").write_bytes(b"\xff\xfe")
     with pytest.raises(OptcpuError, match=r"binary.toml is not TOML"):
         read_config(tmp_path / "binary.toml")

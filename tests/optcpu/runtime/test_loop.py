@@ -412,21 +412,6 @@ def test_a_stop_in_the_last_validation_is_none_at_the_end(tmp_path: Path) -> Non
     assert set(result.metrics) == {"loss"}
 
 
-def test_weights_ahead_of_the_schedule_are_not_saved(tmp_path: Path) -> None:
-    """A scheduler that fails leaves a step half done."""
-
-    def scheduler(optimizer: torch.optim.Optimizer) -> Any:
-        return torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: [1.0, 1.0, 0.5][step])
-
-    with pytest.raises(IndexError):
-        small_trainer(
-            scheduler=scheduler, checkpoints={"folder": tmp_path, "every_steps": 1}
-        ).train()
-    saved = CheckpointFolder(tmp_path).load()
-    assert saved is not None
-    assert saved.step == saved.state["optimizer"]["state"][0]["step"]
-
-
 @pytest.mark.slow
 def test_many_shapes_are_told() -> None:
     def batches(shapes: int) -> list[Any]:

@@ -7,9 +7,11 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
+from torch.utils.data import TensorDataset
 
 import optcpu
 from optcpu.measure.batches import default_loss, units_in
+from optcpu.runtime.data.loading import Feed
 from optcpu.runtime.step import (
     MicroBatches,
     StepRunner,
@@ -53,6 +55,34 @@ def test_the_gradient_is_that_of_the_mean_over_all_samples(sizes: list[int]) -> 
     assert step.loss == pytest.approx(loss.item(), rel=1e-5)
     for name, parameter in model.named_parameters():
         torch.testing.assert_close(gradients[name], parameter.grad, rtol=1e-4, atol=1e-6)
+
+
+def test_a_process_that_only_repeats_a_sample_counts_nothing() -> None:
+    """Three go on where one has left two of eight samples: one of them takes part without any."""
+    data = TensorDataset(torch.randn(8, 5), torch.randint(3, (8,)))
+    alone = Feed(data, batch_size=2, workers=0)
+    alone.take(3)
+    state = alone.state_dict()
+    model = _parts([])[0]
+    assert isinstance(model, nn.Sequential)
+    steps = []
+    for rank in range(3):
+        feed = Feed(data, batch_size=2, workers=0, rank=rank, world_size=3)
+        feed.load_state_dict(state)
+        raw = feed.take(2)
+        steps.append(collect(raw, {}, units_in, lambda mine: (mine,), feed.repeated))
+    assert [step.sizes for step in steps] == [[0], [1], [1]]
+    runner = _runner(model)
+    for step in steps:
+        step.total = 2
+        runner.run_micro_batch(step)
+    gradient = model[0].weight.grad.clone()
+    model.zero_grad()
+    (batch,) = alone.take(1)
+    loss = nn.functional.cross_entropy(model(batch[0]), batch[1])
+    loss.backward()
+    assert sum(step.loss for step in steps) == pytest.approx(loss.item(), rel=1e-5)
+    torch.testing.assert_close(gradient, model[0].weight.grad)
 
 
 class _Two(World):

@@ -17,7 +17,6 @@ from optcpu.errors import OptcpuError
 from optcpu.optim.weights import StoredWeight
 from optcpu.optimize import compiled_call
 from optcpu.runtime import Callback
-from optcpu.runtime.build import update_in_backward
 
 
 @pytest.mark.slow
@@ -226,12 +225,6 @@ def test_gradients_of_many_micro_batches_are_added_up_in_fp32(
     stored = [p for p in trainer.model.parameters() if isinstance(p, StoredWeight)]
     assert stored
     assert {p.grad_dtype for p in stored} == {expected}
-
-
-def test_update_in_backward_is_for_one_process() -> None:
-    optimizer = optcpu.optim.SGD(nn.Linear(6, 3).parameters(), lr=0.1)
-    with pytest.raises(ValueError, match="update_in_backward is for one process"):
-        update_in_backward(optimizer, 1, processes=2)
 
 
 def test_a_model_that_is_none_or_has_nothing_to_train() -> None:

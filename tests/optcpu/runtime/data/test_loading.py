@@ -376,10 +376,6 @@ class TestOtherData:
         feed = Feed(Table(), batch_size=4, shuffle=False)
         assert flat(epochs(feed, 1)) == [[0, 1, 2, 3], [4, 5, 6, 7], [8, 9]]
 
-    def test_processes_that_do_not_share_the_data_are_warned_of(self) -> None:
-        with pytest.warns(UserWarning, match="no DistributedSampler"):
-            Feed(DataLoader(Augmented(), 4), world_size=2)
-
     def test_processes_that_share_the_data_to_validate_on_are_warned_of(self) -> None:
         loader = DataLoader(Augmented(), 4, sampler=DistributedSampler(Augmented(), 2, 0))
         with pytest.warns(
