@@ -67,11 +67,13 @@ class Finisher:
         self._reporter.log_what_is_due()
 
     def _freeze(self, freezer: DynamicFreezer) -> None:
-        run, events, state = self._run, len(freezer.events), freezer.state_dict()
+        run, events = self._run, len(freezer.events)
+        before = freezer.state_dict() if freezer.decides else None
         try:
             freezer.step()
         except Exception as error:
-            freezer.load_state_dict(state)
+            if before is not None:
+                freezer.load_state_dict(before)
             raise _failure(run, "freezer", error) from error
         if len(freezer.events) > events:  # all go on with the statistics that are saved
             run.world.share_from_first(buffers_of(run.model, run.loss).values())

@@ -148,6 +148,11 @@ class DynamicFreezer:
         """How much of the parameters that were trained at first is frozen now, 0 to 1."""
         return sum(p.numel() for p in _parameters(self.frozen_blocks)) / self._parameters
 
+    @property
+    def decides(self) -> bool:
+        """Whether a window is complete, so that the next :meth:`step` may change what is trained."""
+        return self.steps != self._ticked and self._observer.position >= self.rule.window
+
     def step(self) -> FreezeEvent | None:
         """Decide, if a window is complete; to be called behind ``optimizer.step()``.
 
@@ -159,10 +164,11 @@ class DynamicFreezer:
         """
         if self.steps == self._ticked:
             return None
+        decides = self.decides
         self._costs.tick(self.steps - self._ticked)
         self._ticked = self.steps
         self.keep_modes()
-        return self._decide() if self._observer.position >= self.rule.window else None
+        return self._decide() if decides else None
 
     def freeze(self, count: int, reason: str = "asked for") -> FreezeEvent:
         """Freeze the first ``count`` blocks now, whatever the rule says.
