@@ -18,11 +18,12 @@ from typing import Any, ParamSpec
 from unittest import mock
 
 from torch._inductor import cpu_vec_isa
+from torch._inductor.async_compile import AsyncCompile
 from torch._inductor.codecache import CppPythonBindingsCodeCache
 from torch._inductor.codegen.wrapper import PythonWrapperCodegen
 from torch._inductor.cpu_vec_isa import VecISA
 
-from optcpu.cpp_batch import BatchCompile
+from optcpu.cpp_batch import BatchCompile, help_out
 from optcpu.cpp_signals import shield_compilers
 
 P = ParamSpec("P")
@@ -75,7 +76,16 @@ def kernels_compiled_as_written() -> Iterator[None]:
             _start(body)
         define(wrapper, name, body, *args, **options)
 
-    with mock.patch.object(PythonWrapperCodegen, "define_kernel", define_and_start):
+    wait = AsyncCompile.wait
+
+    def help_and_wait(kernels: AsyncCompile, scope: dict[str, Any]) -> None:
+        help_out()
+        wait(kernels, scope)
+
+    with (
+        mock.patch.object(PythonWrapperCodegen, "define_kernel", define_and_start),
+        mock.patch.object(AsyncCompile, "wait", help_and_wait),
+    ):
         yield
 
 

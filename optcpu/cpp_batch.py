@@ -1,9 +1,10 @@
 """Several kernels in one run of the C++ compiler.
 
 Most of what the compiler does for a kernel of Inductor's, it does for the headers: a kernel more in the
-same run costs a fifth of one in a run of its own. So a thread takes all kernels that wait, compiles them as
-one source, with the options that each would have had, and puts a copy of the library where Inductor looks
-for that of each kernel. What cannot be compiled so, Inductor compiles itself, one by one.
+same run costs a fifth of one in a run of its own. So a thread takes all kernels that wait (as does whoever
+would have to wait for them), compiles them as one source, with the options that each would have had, and
+puts a copy of the library where Inductor looks for that of each kernel. What cannot be compiled so,
+Inductor compiles itself, one by one.
 
 The sources all define ``kernel`` and its Python module's ``PyInit_kernel``. In the common source they get a
 number, and a copy makes the module that its own file is named for.
@@ -129,17 +130,34 @@ def _work_off() -> None:
             if not jobs:
                 _is_working = False
                 return
-        groups: dict[tuple[str, ...], list[_Job]] = defaultdict(list)
-        for job in jobs:
-            groups[job.alike()].append(job)
+        _compile(jobs)
+
+
+def help_out() -> None:
+    """Compile what waits in this thread, which has nothing else to do than to wait for it.
+
+    The other thread may be in the middle of its last kernels, on one core of several.
+    """
+    with _lock:
+        jobs = _waiting.copy()
+        _waiting.clear()
+    _compile(jobs)
+
+
+def _compile(jobs: Sequence[_Job]) -> None:
+    groups: dict[tuple[str, ...], list[_Job]] = defaultdict(list)
+    for job in jobs:
+        groups[job.alike()].append(job)
+    try:
         for group in groups.values():
             try:
                 _compile_together(group)
             except Exception as error:
                 logger.debug("%d kernels were not compiled together: %s", len(group), error)
-            for job in group:
-                if job.done.set_running_or_notify_cancel():
-                    job.done.set_result(None)
+    finally:  # Ctrl-C may end this
+        for job in jobs:
+            if job.done.set_running_or_notify_cancel():
+                job.done.set_result(None)
 
 
 def _compile_together(jobs: Sequence[_Job]) -> None:

@@ -6,6 +6,7 @@ import functools
 import shlex
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Callable
 from concurrent.futures import Future
@@ -73,6 +74,48 @@ def test_libraries_are_found_by_another_process(runs: list[int], tmp_path: Path)
     assert x.tolist() == [12, 13]
     assert {path: path.stat().st_mtime_ns for path in tmp_path.rglob("*.so")} == compiled
     assert list(tmp_path.rglob("*.tmp")) == []
+
+
+def test_who_would_wait_compiles_what_waits(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path))
+    busy, may_end = threading.Event(), threading.Event()
+    by_caller: list[int] = []
+
+    def noted(jobs: list[_Job]) -> None:
+        if threading.current_thread() is threading.main_thread():
+            by_caller.append(len(jobs))
+        else:
+            busy.set()
+            assert may_end.wait(60)
+        _compile_together(jobs)
+
+    monkeypatch.setattr(cpp_batch, "_compile_together", noted)
+    futures = [BatchCompile().cpp_pybinding(["float*"], kernel(0))]
+    assert busy.wait(60)
+    futures += [BatchCompile().cpp_pybinding(["float*"], kernel(value)) for value in (1, 2)]
+    cpp_batch.help_out()
+    may_end.set()
+    x = torch.zeros(2)
+    for value, future in enumerate(futures):
+        future.result()(x)
+        assert x.tolist() == [value, value + 1]
+    assert by_caller == [2]
+    cpp_batch.help_out()  # nothing waits
+
+
+def test_ctrl_c_leaves_nobody_waiting(monkeypatch: pytest.MonkeyPatch) -> None:
+    job = _Job(("g++", "a.cpp", "a.so"), "a.cpp", "a.so", Future())
+
+    def interrupted(jobs: list[_Job]) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(cpp_batch, "_compile_together", interrupted)
+    monkeypatch.setattr(cpp_batch, "_waiting", [job])
+    with pytest.raises(KeyboardInterrupt):
+        cpp_batch.help_out()
+    assert job.done.done()
 
 
 def test_one_that_cannot_be_compiled_takes_no_other_with_it(runs: list[int]) -> None:
