@@ -36,6 +36,7 @@ import passes
 from optcpu import cpp_ahead, random_numbers
 from optcpu.composites import take_replaced_apart
 from optcpu.errors import CompileError, FallbackWarning, warn
+from optcpu.optim.weights import StoredWeight
 from optcpu.pipeline import Pipeline, default_passes, resolve_precision
 from optcpu.record import Fallback, GraphKind, GraphRun, Record, copy_graph
 from passes.indices import place_of
@@ -82,6 +83,7 @@ class Backend:
         self.record.regions += 1
         if self.record.keep_graphs:
             self.record.captured.append(copy.deepcopy(module.graph))
+        _give_plain_views(module)
         eager = fx.GraphModule(module, copy.deepcopy(module.graph))
         key = self.cache_key()
         if key is not None:
@@ -192,6 +194,23 @@ _DEPENDS_ON_DATA = (DataDependentOutputException, DynamicOutputShapeException)
 _LEAST_ACTIVATION_MEMORY = 1e-9
 # An output that is a view hangs on its base by nodes that PyTorch has added.
 _LONGEST_CHAIN_OF_VIEWS = 3
+
+
+def _give_plain_views(module: fx.GraphModule) -> None:
+    """Have a captured graph give plain tensors for views of stored weights that have a gradient.
+
+    That gradient will be plain, and AOTAutograd takes only such as are of the output's kind. Nothing may
+    write to those views.
+    """
+    (output,) = module.graph.find_nodes(op="output")
+    for node in dict.fromkeys(output.all_input_nodes):
+        given = node.meta.get("example_value")
+        if node.op != "placeholder" and isinstance(given, StoredWeight) and given.requires_grad:
+            with module.graph.inserting_before(output):
+                plain = module.graph.call_method("clone", (node,))
+            plain.meta = {**node.meta, "example_value": given.clone()}
+            output.replace_input_with(node, plain)
+            module.recompile()
 
 
 def _places(graph: fx.Graph) -> str:

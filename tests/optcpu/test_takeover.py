@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import warnings
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -270,6 +271,39 @@ def test_unknown_optimizers_are_told_and_left() -> None:
     assert stored(model) == []
     losses = train(model, optimizer, batches(20))
     assert losses[-1] < losses[0]
+
+
+class Positioned(nn.Module):
+    """Gives views of a weight across a graph break, and to the caller."""
+
+    def __init__(self, view: Callable[[Tensor], Tensor]) -> None:
+        super().__init__()
+        self.layer, self.view = nn.Linear(8, 8), view
+        self.positions = nn.Parameter(torch.randn(1, 5, 8))
+
+    def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        seen = self.view(self.positions)
+        hidden = self.layer(x).relu()
+        torch._dynamo.graph_break()
+        return hidden + seen, self.layer.weight.t()
+
+
+@pytest.mark.parametrize(
+    "view",
+    [lambda p: p[:, 1:], lambda p: p.expand(3, -1, -1)[:, 1:], lambda p: p.view(5, 8)[1:]],
+    ids=["slice", "expand", "view"],
+)
+def test_views_of_stored_weights_have_gradients(view: Callable[[Tensor], Tensor]) -> None:
+    torch.manual_seed(0)
+    model = Positioned(view)
+    twin, x = copy.deepcopy(model), torch.randn(3, 4, 8)
+    optimizer = torch.optim.AdamW(model.parameters())
+    optcpu.optimize(model, optimizer, precision="fp32", weights="split", fallback=False)
+    for module in (model, twin):
+        hidden, weight = module(x)
+        (hidden.square().mean() + (weight @ weight.t()).square().mean()).backward()
+    for one, other in zip(model.parameters(), twin.parameters(), strict=True):
+        torch.testing.assert_close(one.grad, other.grad, rtol=1e-4, atol=1e-6, check_dtype=False)
 
 
 @pytest.mark.parametrize(
