@@ -7,6 +7,7 @@ from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
+from torch.autograd.graph import increment_version
 from torch.optim import SGD, Adagrad, Adam, AdamW, Optimizer
 
 AnyOptimizer = TypeVar("AnyOptimizer", bound=Optimizer)
@@ -61,8 +62,10 @@ def _switch(optimizer: Optimizer) -> None:
 
 
 def _switch_off(optimizer: Optimizer, args: Any = (), kwargs: Any = None) -> None:
+    """Behind a step. PyTorch's kernel does not let autograd know that it writes to the weights."""
     for group in getattr(optimizer, _SWITCHED, ()):
         group["fused"] = None
+        increment_version([p for p in group["params"] if p.grad is not None])
     setattr(optimizer, _SWITCHED, [])
 
 

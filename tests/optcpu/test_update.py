@@ -55,6 +55,21 @@ def test_same_steps(
     torch.testing.assert_close(model.bias, twin.bias, rtol=1e-4, atol=1e-6)
 
 
+@pytest.mark.parametrize(("kind", "options"), OPTIMIZERS)
+def test_a_backward_behind_the_step_is_refused_as_with_pytorchs_own(
+    kind: type[torch.optim.Optimizer], options: dict[str, object]
+) -> None:
+    model = nn.Sequential(nn.Linear(7, 5), nn.Linear(5, 3))
+    optimizer = use_fused_update(kind(model.parameters(), **options))
+    first, second = (model(torch.randn(4, 7)).square().mean() for _ in range(2))
+    first.backward()
+    with watched(optimizer) as used:
+        optimizer.step()
+    assert used == [True]
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        second.backward()
+
+
 @pytest.mark.parametrize("choice", ["fused", "foreach", "differentiable", "capturable"])
 def test_a_group_with_a_choice_of_the_users_is_not_open(choice: str) -> None:
     (group,) = torch.optim.AdamW(nn.Linear(2, 2).parameters()).param_groups
