@@ -27,10 +27,6 @@ from torch._inductor.compile_fx import compile_fx, compile_fx_inner
 from torch._inductor.custom_graph_pass import CustomGraphPass
 from torch._inductor.decomposition import select_decomp_table
 from torch._inductor.fx_passes.post_grad import view_to_reshape
-from torch._subclasses.fake_tensor import (
-    DataDependentOutputException,
-    DynamicOutputShapeException,
-)
 
 import passes
 from optcpu import cpp_ahead, random_numbers
@@ -39,6 +35,7 @@ from optcpu.errors import CompileError, FallbackWarning, warn
 from optcpu.optim.weights import StoredWeight
 from optcpu.pipeline import Pipeline, default_passes, resolve_precision
 from optcpu.record import Fallback, GraphKind, GraphRun, Record, copy_graph
+from optcpu.remedies import DEPENDS_ON_DATA, first_line, remedy_for
 from passes.indices import place_of
 
 logger = logging.getLogger(__name__)
@@ -114,7 +111,7 @@ class Backend:
                 )
         except RestartAnalysis:
             raise  # no failure: Dynamo captures anew, with what it has learnt
-        except _DEPENDS_ON_DATA as error:
+        except DEPENDS_ON_DATA as error:
             self.divided(f"captured graph {region}", error)
             raise
         except Exception as error:
@@ -178,7 +175,7 @@ class Backend:
         self._tell(part, f"{part} was undone", error, remedy, "The graph is compiled without it")
 
     def _tell(self, part: str, problem: str, error: Exception, remedy: str, instead: str) -> None:
-        fallback = Fallback(part, _first_line(error), remedy)
+        fallback = Fallback(part, first_line(error), remedy)
         message = f"optcpu: {problem}: {fallback.reason}. Remedy: {remedy}"
         if not self.fallback:
             raise CompileError(message) from error
@@ -189,7 +186,6 @@ class Backend:
 
 
 _RAN = "optcpu_joint_passes_ran"
-_DEPENDS_ON_DATA = (DataDependentOutputException, DynamicOutputShapeException)
 # PyTorch saves nothing at all where it is 0, not even what it was told to.
 _LEAST_ACTIVATION_MEMORY = 1e-9
 # An output that is a view hangs on its base by nodes that PyTorch has added.
@@ -296,7 +292,7 @@ class _GraphCompiler:
             if draws_anew:
                 raise CompileError(
                     f"optcpu: the backward of captured graph {self._region} cannot be compiled: "
-                    f"{_first_line(error)}. It needs the random numbers of the compiled forward again. "
+                    f"{first_line(error)}. It needs the random numbers of the compiled forward again. "
                     "Remedy: take random operators out of what is checkpointed"
                 ) from error
             self._backend.fell_back(f"the {kind} of captured graph {self._region}", error)
@@ -406,28 +402,3 @@ def optcpu_backend(
     if chosen is None:
         chosen = default_passes(resolve_precision(settings["precision"]))
     return Backend(Pipeline.of(chosen), fallback=settings["fallback"])(module, example_inputs)
-
-
-def remedy_for(error: BaseException) -> str:
-    """What a user can do about an error of the compiler, in one clause."""
-    text = f"{type(error).__name__} {error}"
-    if "InvalidCxxCompiler" in text or "No working C++ compiler" in text:
-        return "install a C++ compiler (for example the package g++) or name one in CXX"
-    if isinstance(error, PermissionError) or "Read-only file system" in text:
-        return "set TORCHINDUCTOR_CACHE_DIR to a directory that can be written"
-    if isinstance(error, _DEPENDS_ON_DATA):
-        return (
-            "a size or a Python number depends on the data; torch.where(mask, value, x) in place of "
-            "x[mask] = value, and nn.Embedding(sparse=False), avoid that"
-        )
-    if "No space left" in text:
-        return "free disk space, or set TORCHINDUCTOR_CACHE_DIR to another disk"
-    if "CppCompileError" in text or "C++ compile error" in text:
-        return "the C++ compiler rejected generated code: try a newer one and name it in CXX"
-    return "optcpu.inspect(model, ...) shows the graph; TORCH_LOGS=+inductor shows the whole error"
-
-
-def _first_line(error: BaseException) -> str:
-    cause = getattr(error, "inner_exception", None) or error
-    lines = [line for line in str(cause).splitlines() if line.strip()]
-    return f"{type(cause).__name__}: {lines[0].strip()}" if lines else type(cause).__name__

@@ -20,6 +20,7 @@ LAYERS: tuple[tuple[str, ...], ...] = (
     (
         "optcpu.layout",
         "optcpu.record",
+        "optcpu.remedies",
         "optcpu.recurrent",
         "optcpu.update",
         "optcpu.data",

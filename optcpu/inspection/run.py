@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from torch._dynamo import config as dynamo_config
 from torch.utils._pytree import tree_map
 
-from optcpu.backend import Backend, remedy_for
+from optcpu.backend import Backend
 from optcpu.errors import FallbackWarning
 from optcpu.inspection.breaks import BreakLog
 from optcpu.inspection.model import GraphBreak
@@ -26,6 +26,7 @@ from optcpu.optimize import Settings, _own_frame
 from optcpu.random_state import random_state_kept
 from optcpu.record import Fallback, Record
 from optcpu.recurrent import needs_autocast, under_autocast
+from optcpu.remedies import remedy_for
 
 _CAN_ISOLATE = "isolate_recompiles" in signatures.signature(torch.compile).parameters
 _NO_LIMIT = 2**31 - 1

@@ -53,10 +53,8 @@ def assert_alike(one: Tensor, other: Tensor, tolerance: float = 1e-5) -> None:
 
 
 PAIRS = st.tuples(st.integers(1, 3), st.integers(1, 3))
-
-
-@settings(max_examples=80, deadline=None)
-@given(
+# Images, channels, outputs, size, kernel, stride and padding.
+CONVOLUTIONS = (
     st.integers(1, 3),
     st.integers(2, 17),
     st.integers(1, 17),
@@ -64,6 +62,12 @@ PAIRS = st.tuples(st.integers(1, 3), st.integers(1, 3))
     PAIRS,
     PAIRS,
     st.tuples(st.integers(0, 2), st.integers(0, 2)),
+)
+
+
+@settings(max_examples=80, deadline=None)
+@given(
+    *CONVOLUTIONS,
     st.sampled_from([0, 1000, 10_000, 2**22]),
 )
 def test_gradients_are_those_of_pytorch(
@@ -92,15 +96,7 @@ def test_gradients_are_those_of_pytorch(
 
 
 @settings(max_examples=60, deadline=None)
-@given(
-    st.integers(1, 3),
-    st.integers(1, 17),
-    st.integers(1, 17),
-    st.tuples(st.integers(3, 7), st.integers(3, 7)),
-    PAIRS,
-    PAIRS,
-    st.tuples(st.integers(0, 2), st.integers(0, 2)),
-)
+@given(*CONVOLUTIONS)
 def test_outputs_are_those_of_pytorch(
     images: int,
     channels: int,

@@ -1,0 +1,37 @@
+"""What a user can do about an error of the compiler."""
+
+from __future__ import annotations
+
+from torch._subclasses.fake_tensor import (
+    DataDependentOutputException,
+    DynamicOutputShapeException,
+)
+
+# Of what cannot be computed while a graph is captured, since it is not known before it is run.
+DEPENDS_ON_DATA = (DataDependentOutputException, DynamicOutputShapeException)
+
+
+def remedy_for(error: BaseException) -> str:
+    """What a user can do about an error of the compiler, in one clause."""
+    text = f"{type(error).__name__} {error}"
+    if "InvalidCxxCompiler" in text or "No working C++ compiler" in text:
+        return "install a C++ compiler (for example the package g++) or name one in CXX"
+    if isinstance(error, PermissionError) or "Read-only file system" in text:
+        return "set TORCHINDUCTOR_CACHE_DIR to a directory that can be written"
+    if isinstance(error, DEPENDS_ON_DATA):
+        return (
+            "a size or a Python number depends on the data; torch.where(mask, value, x) in place of "
+            "x[mask] = value, and nn.Embedding(sparse=False), avoid that"
+        )
+    if "No space left" in text:
+        return "free disk space, or set TORCHINDUCTOR_CACHE_DIR to another disk"
+    if "CppCompileError" in text or "C++ compile error" in text:
+        return "the C++ compiler rejected generated code: try a newer one and name it in CXX"
+    return "optcpu.inspect(model, ...) shows the graph; TORCH_LOGS=+inductor shows the whole error"
+
+
+def first_line(error: BaseException) -> str:
+    """The kind of an error and the first line of what it says."""
+    cause = getattr(error, "inner_exception", None) or error
+    lines = [line for line in str(cause).splitlines() if line.strip()]
+    return f"{type(cause).__name__}: {lines[0].strip()}" if lines else type(cause).__name__
