@@ -21,9 +21,9 @@ def store_weights(
     """Store weights of ``module`` in ``format``, in place.
 
     Weights of two dimensions or more change; the others are small and stay plain, as do those that a
-    layer changes itself (embeddings with ``max_norm``). The ``Parameter``
-    objects remain the same, so that whoever holds them, an optimizer say, sees the change.
-    ``state_dict()`` of the module and of those within it gives plain FP32 tensors.
+    layer changes itself (embeddings with ``max_norm``). The ``Parameter`` objects remain the same, so that
+    whoever holds them, an optimizer say, sees the change. ``state_dict()`` of the module and of those
+    within it gives plain FP32 tensors.
 
     Args:
         module: whose parameters may change.
