@@ -195,8 +195,8 @@ _LONGEST_CHAIN_OF_VIEWS = 3
 def _give_plain_views(module: fx.GraphModule) -> None:
     """Have a captured graph give plain tensors for views of stored weights that have a gradient.
 
-    That gradient will be plain, and AOTAutograd takes only such as are of the output's kind. What is written
-    to such a view does not reach the weight.
+    That gradient will be plain, and AOTAutograd takes only such as are of the output's kind. What is
+    written to such a view does not reach the weight.
     """
     (output,) = module.graph.find_nodes(op="output")
     for node in dict.fromkeys(output.all_input_nodes):
