@@ -105,7 +105,8 @@ def compare(
             ``optcpu+optimizer`` (``optcpu.optimize(model, optimizer)``), ``optcpu+native`` and
             ``optcpu+ipex`` (the same with that ``layout``, where both can be had); ``ipex`` (as its
             documentation trains), ``ipex-tuned``, ``ipex-compiled-tuned`` (with its backend for
-            ``torch.compile``), and ``zentorch``, with tuned memory, too.
+            ``torch.compile``), and ``zentorch``, with tuned memory, too; ``jax`` (the exported model, its
+            whole step compiled by JAX), which takes part only where it is named.
             ``eager-fp32`` always runs, as the reference. Default: the four stock ones, the tuned
             counterpart of the fastest of them (and of any that is close to it), those of optcpu, and
             those of IPEX and zentorch where they are installed and fit. On processors without
@@ -113,7 +114,7 @@ def compare(
         rounds: turns that each variant gets; below 5 the medians are rough, and it is said so.
         round_seconds: length of a turn, s; short turns mislead, and it is said so.
         accumulation_steps: batches whose gradients are averaged in one optimizer step.
-        precision: of optcpu, IPEX and zentorch: ``"auto"`` (BF16 where the processor has it),
+        precision: of optcpu and the peers: ``"auto"`` (BF16 where the processor has it),
             ``"bf16"`` or ``"fp32"``.
         unit: what is counted per second, for the table: ``"tokens"``, say.
         units_per_batch: how many of them are in a batch. Default: the first dimension.

@@ -19,6 +19,9 @@ from optcpu.runtime.jobs import BUILT_IN
 ROOT = Path(__file__).parents[1]
 README = (ROOT / "README.md").read_text()
 EXAMPLES = sorted((ROOT / "examples").glob("*.py"))
+ALONE = [
+    path for path in EXAMPLES if path.name != "llm_c.py"
+]  # which needs llm.c; see test_llm_c.py
 
 
 def _sections() -> dict[str, str]:
@@ -74,7 +77,7 @@ def test_python_code(title: str, tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("example", EXAMPLES, ids=[path.name for path in EXAMPLES])
+@pytest.mark.parametrize("example", ALONE, ids=[path.name for path in ALONE])
 def test_example(example: Path, tmp_path: Path) -> None:
     _run(example, tmp_path)
 
@@ -101,6 +104,7 @@ def test_install_commands_name_what_is_there() -> None:
     assert [line.partition(" && ")[2] for line in installs] == [
         "optcpu compare",
         'pytest -m "not slow"',
+        "",
         "",
     ]
     project = (ROOT / "pyproject.toml").read_text()

@@ -12,19 +12,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor, nn
 
-from optcpu.measure.accuracy import (
-    Accuracy,
-    FirstStep,
-    change_norms,
-    compare_first_steps,
-    dropout_off,
-)
-from optcpu.measure.batches import call_model, signature, to_fp32
+from optcpu.measure.accuracy import Accuracy, FirstStep, change_norms, compare_first_steps
+from optcpu.measure.batches import signature
 from optcpu.measure.breakdown import costs_of
+from optcpu.measure.engine import make_engine
 from optcpu.measure.payload import Payload
-from optcpu.measure.variants import REFERENCE, Prepared, Variant, prepare
+from optcpu.measure.variants import REFERENCE, Variant
 
 SETTINGS_FILE = "settings.json"
 
@@ -82,15 +76,8 @@ class Training:
         self._variant = variant
         self._settings = settings
         self._batches = payload.batches
-        self._loss = payload.loss
         payload.model.train()
-        self._prepared: Prepared = prepare(
-            variant, payload.model, payload.optimizer, settings.precision
-        )
-
-    @property
-    def _module(self) -> nn.Module:
-        return self._prepared.module
+        self._engine = make_engine(variant, payload, settings.precision)
 
     def prepare(self, folder: Path, progress: Progress) -> Preparation:
         """Compile, compare the first step with the reference in ``folder``, and learn."""
@@ -101,7 +88,7 @@ class Training:
         if self._settings.dropout_off:
             progress("first step without dropout")
             del step  # or two sets of gradients would be held at a time
-            with dropout_off(self._module):
+            with self._engine.dropout_off():
                 step = self._first_step()
 
         reference = folder / "reference.pt"
@@ -111,16 +98,16 @@ class Training:
         else:
             accuracy = compare_first_steps(step, FirstStep.load(reference))
         del step
-        self._prepared.optimizer.zero_grad(set_to_none=True)
+        self._engine.forget_gradients()
 
         start = folder / f"{self._variant.name}-start.pt"
-        torch.save({name: p.detach() for name, p in self._module.named_parameters()}, start)
+        torch.save(self._engine.parameters(), start)
         losses, seconds, compiling = self._learn(progress)
         changes = change_norms(
-            dict(self._module.named_parameters()), torch.load(start, weights_only=True, mmap=True)
+            self._engine.parameters(), torch.load(start, weights_only=True, mmap=True)
         )
         start.unlink()
-        self._prepared.optimizer.zero_grad(set_to_none=True)  # the others need the memory
+        self._engine.forget_gradients()  # the others need the memory
         return Preparation(
             first_seconds=[first_seconds, *(seconds[index] for index in compiling)],
             step_seconds=statistics.median(seconds[len(seconds) // 2 :]),
@@ -131,18 +118,7 @@ class Training:
 
     def _first_step(self) -> FirstStep:
         self._seed(0)
-        self._prepared.optimizer.zero_grad(set_to_none=True)
-        output, loss = self._forward(0)
-        loss.backward()  # type: ignore[no-untyped-call]
-        return FirstStep(
-            output=to_fp32(output),
-            loss=loss.detach().float().reshape(()),
-            gradients={
-                name: parameter.grad.detach()
-                for name, parameter in self._module.named_parameters()
-                if parameter.grad is not None
-            },
-        )
+        return self._engine.first_step(0)
 
     def _learn(self, progress: Progress) -> tuple[list[float], list[float], list[int]]:
         """Losses and seconds of every step, and which steps met new shapes or the first update."""
@@ -158,7 +134,7 @@ class Training:
                 seen |= shapes
             self._seed(index + 1)
             started = time.perf_counter()
-            losses.append(float(self._step(index)))
+            losses.append(self._step(index))
             seconds.append(time.perf_counter() - started)
         return losses, seconds, compiling
 
@@ -171,7 +147,7 @@ class Training:
             self._step(index)
         seconds = time.perf_counter() - started
         # Hold as little as possible while the others have their turns.
-        self._prepared.optimizer.zero_grad(set_to_none=True)
+        self._engine.forget_gradients()
         return seconds
 
     def profile(self, steps: int) -> list[dict[str, Any]]:
@@ -184,7 +160,7 @@ class Training:
         gc.collect()
         self._step(0)
         costs = costs_of(run, steps)
-        self._prepared.optimizer.zero_grad(set_to_none=True)
+        self._engine.forget_gradients()
         return costs
 
     def _batches_of(self, index: int) -> list[int]:
@@ -192,23 +168,8 @@ class Training:
         count = self._settings.accumulation_steps
         return [i % len(self._batches) for i in range(index * count, (index + 1) * count)]
 
-    def _step(self, index: int) -> Tensor:
-        """One optimizer step; gives the mean loss of its batches, detached."""
-        batches = self._batches_of(index)
-        self._prepared.optimizer.zero_grad(set_to_none=True)
-        total = torch.zeros(())
-        for batch in batches:
-            _, loss = self._forward(batch)
-            (loss / len(batches)).backward()  # type: ignore[no-untyped-call]
-            total += loss.detach().float().reshape(()) / len(batches)
-        self._prepared.optimizer.step()
-        return total
-
-    def _forward(self, batch_index: int) -> tuple[Any, Tensor]:
-        batch = self._batches[batch_index]
-        with self._prepared.autocast():
-            output = call_model(self._prepared.call, batch)
-            return output, self._loss(output, batch)
+    def _step(self, index: int) -> float:
+        return self._engine.step(self._batches_of(index))
 
     def _seed(self, step: int) -> None:
         torch.manual_seed(self._settings.seed + step)

@@ -7,7 +7,8 @@ means that freed memory is kept in the process (``optcpu.memory``), which any us
 can have as well: the tuned variants are the baseline that counts.
 
 Sources: IPEX's "Cheat Sheet" (``optimize`` with an optimizer, autocast) and "Features"
-(``torch.compile`` with its backend, weights not packed); zentorch's README.
+(``torch.compile`` with its backend, weights not packed); zentorch's README. JAX is no extension of
+PyTorch: :mod:`optcpu.measure.jax` runs the exported model with it.
 """
 
 from __future__ import annotations
@@ -54,6 +55,7 @@ class Variant:
         layout: of the weights that optcpu stores (``optcpu.optimize``); given together with the optimizer.
         packs: whether it is told apart by packed BF16 weights alone.
         environment: variables that its process starts with, where the caller has not set them.
+        by_name: whether it takes part only where it is named.
         note: what a reader of its figures must know.
     """
 
@@ -67,6 +69,7 @@ class Variant:
     layout: str = "auto"
     packs: bool = False
     environment: tuple[tuple[str, str], ...] = ()
+    by_name: bool = False
     note: str | None = None
 
 
@@ -105,6 +108,7 @@ VARIANTS: Mapping[str, Variant] = {
             "weights of its first step; compare turns that off, unless "
             "ZENDNNL_MATMUL_WEIGHT_CACHE is set",
         ),
+        Variant("jax", "peer", compiled=True, tuned=True, package="optax", by_name=True),
         Variant("optcpu", "optcpu"),
         Variant("optcpu+optimizer", "optcpu"),
         # Where both layouts are possible; "optcpu+optimizer" takes the one that it measures to be faster.
@@ -168,6 +172,7 @@ def default_other_variants() -> tuple[list[Variant], list[str]]:
         variant
         for variant in VARIANTS.values()
         if variant.kind != "stock"
+        and not variant.by_name
         and (variant.package is None or importlib.util.find_spec(variant.package) is not None)
         and not (variant.packs and _why_not_packed())  # the same as "optcpu+optimizer" then
     ]
@@ -268,14 +273,14 @@ def prepare(
     if variant.kind == "optcpu":
         return _prepare_optcpu(variant, model, make_optimizer, precision)
     if variant.package == _IPEX:
-        return _prepare_ipex(variant, model, make_optimizer, _in_bf16(precision))
+        return _prepare_ipex(variant, model, make_optimizer, in_bf16(precision))
     if variant.name == "zentorch":
         importlib.import_module("zentorch")
         return Prepared(
             module=model,
             call=torch.compile(model, backend="zentorch"),
             optimizer=make_optimizer(model.parameters()),
-            autocast=_bf16_autocast if _in_bf16(precision) else nullcontext,
+            autocast=_bf16_autocast if in_bf16(precision) else nullcontext,
         )
     return Prepared(
         module=model,
@@ -285,7 +290,8 @@ def prepare(
     )
 
 
-def _in_bf16(precision: str) -> bool:
+def in_bf16(precision: str) -> bool:
+    """Whether ``precision`` means BF16 on this processor."""
     return precision == "bf16" or (precision == "auto" and capabilities().bf16)
 
 

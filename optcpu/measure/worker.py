@@ -85,6 +85,7 @@ class Worker:
         self._variant = VARIANTS[variant]
         self._notes: list[str] = []
         torch.set_num_threads(self._settings.threads)
+        os.environ.setdefault("NPROC", str(self._settings.threads))  # of JAX
         if self._variant.tuned and not keep_freed_memory():
             self._notes.append("the allocator cannot be tuned on this system")
 
