@@ -25,7 +25,7 @@ from optcpu.update import use_fused_update
 
 Weights = Literal["fp32", "split", "bf16"]
 
-_FORMATS = {"split": Format.SPLIT, "bf16": Format.STOCHASTIC}
+_FORMATS: dict[Weights, Format] = {"split": Format.SPLIT, "bf16": Format.STOCHASTIC}
 
 
 def resolve_weights(weights: str, precision: Precision) -> Weights:
@@ -117,6 +117,12 @@ def _check_storage(model: nn.Module, optimizer: Optimizer, weights: Weights) -> 
                 f"weight {name!r} is stored as {present!r} for another optimizer, and "
                 f"{type(optimizer).__name__} updates plain weights alone: {remedy}"
             )
+
+
+def stored_as(model: nn.Module) -> Weights:
+    """How the weights of ``model`` are stored."""
+    formats = {p.stored().format for p in model.parameters() if isinstance(p, StoredWeight)}
+    return next((name for name, format in _FORMATS.items() if format in formats), "fp32")
 
 
 def _plain_weights(model: nn.Module) -> int:

@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-import inspect
 import os
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import torch
@@ -22,46 +21,19 @@ from torch.optim.lr_scheduler import (
 from optcpu.cpu import capabilities
 from optcpu.errors import OptcpuError
 from optcpu.layout import expect_products
-from optcpu.optim import SGD, Adam, AdamW, Lamb, Lookahead
+from optcpu.optim import Lookahead
 from optcpu.optim.weights import StoredWeight
 from optcpu.optimize import Settings, compiled_call, optimize
 from optcpu.pipeline import Pipeline, resolve_precision
 from optcpu.runtime.callbacks import Callback
 from optcpu.runtime.freezing.freezer import DynamicFreezer
-from optcpu.runtime.options import OptimizerOptions, TrainerOptions
+from optcpu.runtime.options import TrainerOptions
 from optcpu.runtime.schedule import make_schedule
-from optcpu.takeover import widen_gradients
+from optcpu.takeover import stored_as, widen_gradients
 from passes.base import Pass, Rewrite
 
 # A BF16 sum of more gradients than that loses more by rounding than each of them has lost.
 _MOST_BF16_SUMMANDS = 32
-
-_KINDS: dict[str, type[Optimizer]] = {"adamw": AdamW, "adam": Adam, "sgd": SGD, "lamb": Lamb}
-
-
-def make_optimizer(trained: Iterable[nn.Parameter], options: OptimizerOptions) -> Optimizer:
-    """An optimizer of all those parameters that need a gradient; its state is FP32 for now.
-
-    Raises:
-        ValueError: no parameter needs one.
-    """
-    parameters = [p for p in trained if p.requires_grad]
-    if not parameters:
-        raise ValueError("no parameter of the model has requires_grad: there is nothing to train")
-    kind = _KINDS[options.name]
-    given: dict[str, Any] = {
-        "lr": options.lr,
-        "weight_decay": options.weight_decay,
-        "betas": options.betas,
-        "momentum": options.momentum,
-        "state_dtype": torch.float32,  # optimize() decides
-    }
-    taken = inspect.signature(kind).parameters
-    chosen = {name: value for name, value in given.items() if name in taken and value is not None}
-    optimizer = kind(parameters, **chosen)
-    if options.lookahead is None:
-        return optimizer
-    return Lookahead(optimizer, **options.lookahead.model_dump())
 
 
 def check_model(model: object) -> None:
@@ -80,88 +52,12 @@ def check_model(model: object) -> None:
         )
 
 
-def optimizer_settings(given: Any, lr: float | None) -> dict[str, Any]:
-    """The settings that stand for ``given``: a name, settings, or None.
-
-    Raises:
-        TypeError: it is something else.
-        ValueError: they have another learning rate than ``lr``.
-    """
-    if given is None:
-        settings: dict[str, Any] = {}
-    elif isinstance(given, str):
-        settings = {"name": given}
-    elif isinstance(given, OptimizerOptions):
-        settings = given.model_dump(exclude_unset=True)
-    elif isinstance(given, Mapping):
-        settings = dict(given)
-    else:
-        raise TypeError(
-            "optimizer must be a torch.optim.Optimizer, its settings or its name, not "
-            f"{given.__name__ if isinstance(given, type) else type(given).__name__}"
-        )
-    if lr is None:
-        return settings
-    if settings.get("lr", lr) != lr and not isinstance(given, OptimizerOptions):
-        raise ValueError(f"lr is {lr}, and optimizer.lr is {settings['lr']}: give one of them")
-    return {**settings, "lr": lr}
-
-
 def check_epochs(data: Any, epochs: int | None) -> None:
     """Raise TypeError if the data cannot be gone through so often."""
     if isinstance(data, Iterator) and (epochs or 1) > 1:
         raise TypeError(
             f"{type(data).__name__} can be gone through once only, and epochs is {epochs}: give a list, a "
             "DataLoader or a dataset, or steps in place of epochs"
-        )
-
-
-def check_local_steps(optimizer: Optimizer, local_steps: int | None) -> None:
-    """Raise ValueError if the optimizer is a Lookahead of another number of steps."""
-    if local_steps is not None and isinstance(optimizer, Lookahead) and optimizer.k != local_steps:
-        raise ValueError(
-            f"local_steps is {local_steps}, and k of the Lookahead is {optimizer.k}: processes average "
-            "their weights when the slow ones move; give both the same number"
-        )
-
-
-def check_optimizer(
-    optimizer: Optimizer,
-    trained: Iterable[nn.Parameter],
-    saved: bool,
-    local_steps: int | None = None,
-) -> None:
-    """Refuse an optimizer of other parameters than those trained.
-
-    Args:
-        optimizer: the user's.
-        trained: parameters of model and loss.
-        saved: whether checkpoints are written.
-        local_steps: that each process makes by itself; None if there are none.
-
-    Raises:
-        ValueError: it has none of them, others that checkpoints would not have, a step that wants to
-            compute the loss again, or is a :class:`optcpu.Lookahead` of another number of steps.
-    """
-    check_local_steps(optimizer, local_steps)
-    closure = inspect.signature(optimizer.step).parameters.get("closure")
-    if closure is not None and closure.default is inspect.Parameter.empty:
-        raise ValueError(
-            f"{type(optimizer).__name__} computes the loss anew within a step, which the trainer does not "
-            "offer: take an optimizer whose step needs no closure, or write the loop yourself"
-        )
-    known = {id(parameter) for parameter in trained}
-    updated = [p for group in optimizer.param_groups for p in group["params"]]
-    others = [p for p in updated if id(p) not in known]
-    if len(others) == len(updated):
-        raise ValueError(
-            "the optimizer has none of the model's parameters: make it with model.parameters(), after the "
-            "model is as it will be trained"
-        )
-    if others and saved:
-        raise ValueError(
-            f"{len(others)} of the optimizer's parameters belong neither to the model nor to a loss that "
-            "is a module, so that checkpoints would not have them: make them part of one of the two"
         )
 
 
@@ -175,11 +71,14 @@ def compile_model(
     """Compile ``model``, with its optimizer, if that is wanted and was not done.
 
     Raises:
-        OptcpuError: it is compiled with other settings than those that are given.
+        OptcpuError: it is compiled, or its weights or the optimizer's state are stored, with other settings
+            than those that are given.
     """
     present = compiled_call(model)
     if present is not None:
         _check_compiled(present.settings, options, passes)
+    if present is not None or not options.compile:
+        _check_stored(model, optimizer, options, state_dtype)
     elif options.compile:
         optimize(
             model,
@@ -220,6 +119,27 @@ def _check_compiled(
     if differing:
         raise OptcpuError(
             f"the model is compiled already, with {', '.join(differing)}: call optcpu.restore(model) first"
+        )
+
+
+def _check_stored(
+    model: nn.Module, optimizer: Optimizer, options: TrainerOptions, state_dtype: torch.dtype | None
+) -> None:
+    """Refuse a way of storing that nothing would bring about any more."""
+    there = stored_as(model)
+    if options.weights not in ("auto", there):
+        raise OptcpuError(
+            f"the weights are stored as {there!r}, not {options.weights!r}, and the trainer leaves a model "
+            "that is compiled, or is not to be, as it is. Remedy: optcpu.restore(model) before, and "
+            "compile=True"
+        )
+    inner = optimizer.optimizer if isinstance(optimizer, Lookahead) else optimizer
+    present = getattr(inner, "state_dtype", torch.float32)
+    if state_dtype not in (None, present):
+        raise OptcpuError(
+            f"the optimizer has its state in {present}, not {state_dtype}, and the trainer leaves one of a "
+            "model that is compiled, or is not to be, as it is. Remedy: optcpu.restore(model) before, and "
+            "compile=True; or make the optimizer with that state_dtype"
         )
 
 

@@ -32,11 +32,12 @@ class Finisher:
         self._run, self._reporter = run, reporter
 
     def begin(self, loss: float, norm: float | None, samples: int, *, made: bool) -> None:
-        """Note that a step is to be finished; the arguments are those of :meth:`Reporter.step`."""
+        """Note that a step is to be finished; the arguments are as in :meth:`Reporter.step`."""
         run = self._run
         left = [] if isinstance(run.scheduler, ReduceLROnPlateau) else ["scheduler"]
         left += ["freezer"] if run.freezer is not None and made else []
-        told = {"loss": loss, "norm": norm, "samples": samples, "made": made}
+        rate = float(run.optimizer.param_groups[0]["lr"])  # before the scheduler changes it
+        told = {"loss": loss, "lr": rate, "norm": norm, "samples": samples, "made": made}
         run.position.unfinished = {"left": left, "told": told}
 
     def follow(self, *, late: bool = False) -> None:

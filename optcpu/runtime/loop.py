@@ -43,6 +43,10 @@ class TrainingDiverged(OptcpuError):
     """The loss or the gradient is not finite, and the run is not to go on."""
 
 
+class _DataStopped(OptcpuError):
+    """No data came, since the processes that load them have been told to stop."""
+
+
 class Loop:
     """Runs a :class:`Run` to its end, or until it is told to stop.
 
@@ -118,15 +122,13 @@ class Loop:
             if self._ended() and not self._validation_is_due():  # else that was interrupted
                 self._refuse_broken_weights()
                 return None
-            if self._stopped():
+            if self._stopped() and self._runner.has_met:
                 self._save("stopped")
                 return self._stop.by or "another process"
             try:
                 step = self._run.pending or self.draw()
-            except OptcpuError:
-                if self._stop.by is None or self._run.world.size > 1:
-                    raise
-                continue  # a signal to the whole group ends the processes that load the data, too
+            except _DataStopped:
+                continue  # it will stop
             if step is None:
                 self._end_epoch()
             else:
@@ -141,12 +143,28 @@ class Loop:
         self._finisher.tell()
 
     def draw(self) -> MicroBatches | None:
-        """The micro-batches of the next step; None at the end of an epoch."""
+        """The micro-batches of the next step; None at the end of an epoch.
+
+        Raises:
+            OptcpuError: the data failed.
+            _DataStopped: they did because the run is to stop, and are where they were before.
+        """
         run = self._run
         self._before = before = run.data_state()
         run.buffers.keep()
-        raw = run.feed.take(self._options.accumulation_steps, before["feed"])
-        (ready,) = run.world.sum_numbers(float(bool(raw)))
+        raw: list[Any] = []
+        stopped = False
+        try:
+            raw = run.feed.take(self._options.accumulation_steps, before["feed"])
+        except OptcpuError:
+            # A signal to the whole group ends the processes that load the data, too.
+            if not self._stop.comes_soon() or not self._runner.has_met:
+                raise
+            stopped = True
+        ready, anyone_stopped = run.world.sum_numbers(float(bool(raw)), float(stopped))
+        if anyone_stopped:
+            run.go_back(before)
+            raise _DataStopped("the training data have stopped")
         if ready < run.world.size:  # where one has no data left, the epoch is over for all
             self._before = None
             return None
@@ -362,8 +380,8 @@ class Loop:
         run = self._run
         if self._folder is None or self._updating or not run.world.first or not self._changed:
             return
-        if run.world.size > 1 and self._options.local_steps is not None:
-            return  # what the others have learnt since the last time that all met is not here
+        if run.world.size > 1 and (self._options.local_steps is not None or self._folder.list()):
+            return  # what the others know is not here: the newest checkpoint is gone on from exactly
         if self._before is not None:
             self._runner.forget_gradients()
             run.buffers.put_back()

@@ -60,17 +60,18 @@ class Reporter:
         self._interval_started = time.perf_counter()
         self._interval_samples = 0
 
-    def step(self, loss: float, norm: float | None, samples: int, *, made: bool) -> None:
+    def step(self, loss: float, lr: float, norm: float | None, samples: int, *, made: bool) -> None:
         """Tell of a step.
 
         Args:
             loss: its mean.
+            lr: the learning rate of its update.
             norm: of the gradient; None if that is not known.
             samples: over all processes.
             made: whether weights were updated, or the step was left out.
         """
         run, position = self._run, self._run.position
-        row = {"loss": loss, "lr": float(run.optimizer.param_groups[0]["lr"])}
+        row = {"loss": loss, "lr": lr}
         if norm is not None:
             row["grad_norm"] = norm
         self._display.step(position.step, position.epoch, loss, lambda: self._estimate(samples))

@@ -188,9 +188,12 @@ class Run:
         return state
 
     def _callback_states(self) -> list[tuple[str, dict[str, Any]]]:
-        """Of those callbacks that have one, with their kinds."""
-        states = ((type(one).__name__, one.state_dict()) for one in self.callbacks)
-        return [(kind, state) for kind, state in states if state]
+        """Of those callbacks that have one, empty as it may be, with their kinds."""
+        return [
+            (type(one).__name__, one.state_dict())
+            for one in self.callbacks
+            if type(one).state_dict is not Callback.state_dict
+        ]
 
     def load_weights(self, state: dict[str, Any]) -> None:
         """Model, loss, optimizer and freezer as they were.
@@ -349,7 +352,10 @@ class Run:
         return {"feed": processes[0]["feed"], **self._random_state()}
 
     def _load_data(self, processes: list[dict[str, Any]]) -> None:
-        saved = self._own(processes)
+        self.go_back(self._own(processes))
+
+    def go_back(self, saved: dict[str, Any]) -> None:
+        """Let data and random generators stand where they stood when :meth:`data_state` gave ``saved``."""
         self._set_random_state(saved)
         self.feed.load_state_dict(saved["feed"])
         self._set_random_state(saved)

@@ -5,9 +5,12 @@ from __future__ import annotations
 import contextlib
 import signal
 import threading
+import time
 from collections.abc import Iterator
 from types import FrameType
 from typing import Any
+
+_AT_ONCE_S = 1.0  # within which a signal to a group of processes has reached all of them
 
 
 class StopRequest:
@@ -25,6 +28,13 @@ class StopRequest:
     def ask(self, by: str) -> None:
         """Want it; from any thread."""
         self.by = self.by or by
+
+    def comes_soon(self) -> bool:
+        """Whether someone wants it now or in a moment: others may have met the same signal before."""
+        end = time.monotonic() + _AT_ONCE_S
+        while self.by is None and time.monotonic() < end:
+            time.sleep(0.01)
+        return self.by is not None
 
     @contextlib.contextmanager
     def listening(self) -> Iterator[None]:

@@ -182,6 +182,12 @@ class StepRunner:
             self._world.sum_gradients(self._parameters)
         if self._max_grad_norm is None and not self._check_gradients:
             return None
+        norm = self._checked_norm(step)
+        if self._local_steps is not None:  # each has a gradient of its own
+            self._agree_on_failure(step)
+        return norm
+
+    def _checked_norm(self, step: MicroBatches) -> float | None:
         if self._updates_in_backward:  # the gradients are gone, and show in what they have done
             name = not_finite(self._trained)
             step.bad = None if name is None else f"the weights of {name!r} are not finite"
@@ -207,9 +213,14 @@ class StepRunner:
         elif self._steps_alone == self._local_steps:
             self.meet()
 
+    @property
+    def has_met(self) -> bool:
+        """Whether all processes have the same weights."""
+        return self._local_steps is None or self._steps_alone == 0
+
     def meet(self) -> None:
         """Average the weights of all processes, if each has made steps by itself since the last time."""
-        if self._local_steps is None or self._steps_alone == 0:
+        if self.has_met:
             return
         self._world.average(self._parameters)
         self._steps_alone = 0
@@ -225,7 +236,7 @@ class StepRunner:
     def _agree_on_failure(self, step: MicroBatches) -> None:
         (failed,) = self._world.sum_numbers(float(step.bad is not None))
         if failed and step.bad is None:
-            step.bad = "another process met a loss that is not finite"
+            step.bad = "another process met a loss or a gradient that is not finite"
 
 
 def trained_parameters(model: nn.Module, loss: Loss) -> dict[str, nn.Parameter]:

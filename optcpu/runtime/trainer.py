@@ -18,15 +18,11 @@ from optcpu.measure.batches import Batch, Loss, default_loss
 from optcpu.runtime.build import (
     check_epochs,
     check_functions,
-    check_local_steps,
     check_model,
-    check_optimizer,
     checked_callbacks,
     compile_model,
     make_freezer,
-    make_optimizer,
     make_scheduler,
-    optimizer_settings,
     threads_for,
 )
 from optcpu.runtime.callbacks import Callback
@@ -39,6 +35,13 @@ from optcpu.runtime.loop import Loop
 from optcpu.runtime.modes import modes_kept
 from optcpu.runtime.monitors import check_monitors
 from optcpu.runtime.objective import is_own
+from optcpu.runtime.optimizers import (
+    check_local_steps,
+    check_optimizer,
+    make_optimizer,
+    optimizer_settings,
+    own_state_dtype,
+)
 from optcpu.runtime.options import OptimizerOptions, ScheduleOptions, TrainerOptions, read_options
 from optcpu.runtime.placement import settle
 from optcpu.runtime.plan import Plan
@@ -182,7 +185,7 @@ class Trainer:
             self._validation = evaluation_batches(
                 validation_data, self.options.batch_size, collate_fn, self._world.size
             )
-        self.optimizer = self._make_optimizer(optimizer)
+        self.optimizer = self._make_optimizer(optimizer, state_dtype)
         compile_model(model, self.optimizer, self.options, passes, state_dtype)
         accumulation, epochs = self.options.accumulation_steps, self.options.epochs
         self._plan = Plan.of(self._feed.length, accumulation, epochs, self.options.steps)
@@ -202,10 +205,11 @@ class Trainer:
         """Whether this process writes files and shows progress; others are there under torchrun only."""
         return self._world.first
 
-    def _make_optimizer(self, given: Any) -> Optimizer:
+    def _make_optimizer(self, given: Any, state_dtype: torch.dtype | None) -> Optimizer:
         trained = trained_parameters(self.model, self._loss)
         if not isinstance(given, Optimizer):
-            return make_optimizer(trained.values(), self.options.optimizer)
+            state_dtype = own_state_dtype(self.model, self.options, state_dtype)
+            return make_optimizer(trained.values(), self.options.optimizer, state_dtype)
         saved = self.options.checkpoints is not None
         check_optimizer(given, trained.values(), saved, self.options.local_steps)
         return given
@@ -213,7 +217,8 @@ class Trainer:
     def train(self) -> TrainingResult:
         """Train to the end, or go on from the newest checkpoint to the end.
 
-        SIGINT (Ctrl-C), SIGTERM and :meth:`stop` end it after the micro-batch at work, with a checkpoint.
+        SIGINT (Ctrl-C), SIGTERM and :meth:`stop` end it after the micro-batch at work (with ``local_steps``
+        in several processes: when all meet), with a checkpoint.
         Called again, it goes on from there, also without checkpoints.
 
         Raises:

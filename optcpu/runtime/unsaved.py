@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -14,7 +15,7 @@ from optcpu.runtime.data.randomness import generator_state, set_generator_state
 class Unsaved:
     """Generators that are attributes of modules, and buffers that are not persistent.
 
-    Of the buffers only those are looked at that have changed since this was made: masks and tables, which
+    Of the buffers only those are given that have changed since this was made: masks and tables, which
     modules make anew, are not.
 
     Args:
@@ -34,7 +35,7 @@ class Unsaved:
             for name, value in vars(module).items()
             if generator_state(value) is not None
         }
-        self._at_first = {path: _mark(buffer) for path, _, _, buffer in self._buffers()}
+        self._first = {path: _First.of(buffer) for path, _, _, buffer in self._buffers()}
 
     def generators(self) -> dict[str, Any]:
         """The states of the generators, by where they are."""
@@ -50,19 +51,23 @@ class Unsaved:
         return {
             path: buffer
             for path, _, _, buffer in self._buffers()
-            if buffer is not None and self._at_first.get(path) != _mark(buffer)
+            if buffer is not None and not self._is_first(path, buffer)
         }
+
+    def _is_first(self, path: str, buffer: Tensor | None) -> bool:
+        return path in self._first and self._first[path].is_still(buffer)
 
     @torch.no_grad()
     def set_buffers(self, saved: dict[str, Tensor]) -> None:
-        """Put back what :meth:`buffers` gave."""
+        """Put back what :meth:`buffers` gave; those that had not changed become what they were."""
         for path, module, name, buffer in self._buffers():
-            if path not in saved:
+            if path not in saved and (path not in self._first or self._is_first(path, buffer)):
                 continue
-            if buffer is not None and buffer.shape == saved[path].shape:
-                buffer.copy_(saved[path])
+            value = saved[path] if path in saved else self._first[path].copy
+            if value is not None and buffer is not None and buffer.shape == value.shape:
+                buffer.copy_(value)
             else:
-                setattr(module, name, saved[path].clone())
+                setattr(module, name, None if value is None else value.clone())
 
     def _buffers(self) -> Iterator[tuple[str, nn.Module, str, Tensor | None]]:
         for path, module in self._modules.items():
@@ -71,6 +76,25 @@ class Unsaved:
                     yield f"{path}.{name}", module, name, module._buffers[name]
 
 
-def _mark(buffer: Tensor | None) -> tuple[int, int] | None:
-    """Another one for another tensor, and for one that was written to."""
-    return None if buffer is None else (id(buffer), buffer._version)
+@dataclass(frozen=True)
+class _First:
+    """A buffer as it was at first.
+
+    Attributes:
+        buffer: the tensor itself, held so that no other one can be taken for it.
+        version: how often it had been written to.
+        copy: of its numbers.
+    """
+
+    buffer: Tensor | None
+    version: int
+    copy: Tensor | None
+
+    @classmethod
+    def of(cls, buffer: Tensor | None) -> _First:
+        if buffer is None:
+            return cls(None, 0, None)
+        return cls(buffer, buffer._version, buffer.detach().clone())
+
+    def is_still(self, buffer: Tensor | None) -> bool:
+        return buffer is self.buffer and (buffer is None or buffer._version == self.version)

@@ -22,7 +22,7 @@ from torch.utils.data import (
 
 from optcpu.cpu import capabilities
 from optcpu.random_state import random_state_kept
-from optcpu.runtime.data.datasets import SyntheticDataset
+from optcpu.runtime.data.datasets import SyntheticDataset, resolved_indices
 from optcpu.runtime.data.randomness import (
     generators_in,
     seed_everything,
@@ -114,7 +114,7 @@ def batch_of(dataset: Dataset[Any], indices: list[int]) -> list[torch.Tensor]:
     if isinstance(dataset, Subset):
         return batch_of(dataset.dataset, [dataset.indices[index] for index in indices])
     if isinstance(dataset, TensorDataset):
-        rows = torch.tensor(indices)
+        rows = torch.from_numpy(resolved_indices(indices, len(dataset)))
         return [tensor.index_select(0, rows) for tensor in dataset.tensors]
     assert isinstance(dataset, (SyntheticDataset, TokenDataset))
     return list(dataset.batch(indices))

@@ -251,6 +251,12 @@ class ReplayedSource(Source):
 
     def _set_generators(self, saved: Mapping[str, Any]) -> None:
         generators = _generators(self._batches)
+        if set(generators) < set(saved) and isinstance(self._batches, DataLoader):
+            with (
+                random_state_kept()
+            ):  # some datasets make theirs when they fetch for the first time
+                next(iter(self._batches), None)
+            generators = _generators(self._batches)
         if set(generators) != set(saved):
             raise OptcpuError(
                 f"the checkpoint has the generators {sorted(saved)} of the training data, which now have "

@@ -6,43 +6,15 @@ from typing import Any
 import pytest
 import torch
 from torch import nn
+from training import small_trainer
 
-from optcpu import Lamb, Lookahead
+import optcpu
+from optcpu import OptcpuError
 from optcpu.cpu import capabilities
-from optcpu.optim import SGD, AdamW
+from optcpu.optim import AdamW
 from optcpu.runtime import build
-from optcpu.runtime.build import make_optimizer, threads_for
-from optcpu.runtime.options import OptimizerOptions, TrainerOptions
-
-
-def test_only_the_settings_that_an_optimizer_has_arrive() -> None:
-    model = nn.Linear(3, 2)
-    adamw = make_optimizer(model.parameters(), OptimizerOptions(lr=0.1, betas=(0.8, 0.9)))
-    assert isinstance(adamw, AdamW)
-    assert adamw.defaults["betas"] == (0.8, 0.9)
-    assert (
-        adamw.defaults["weight_decay"]
-        == torch.optim.AdamW(model.parameters()).defaults["weight_decay"]
-    )
-    sgd = make_optimizer(
-        model.parameters(), OptimizerOptions(name="sgd", lr=0.1, momentum=0.5, weight_decay=0.2)
-    )
-    assert isinstance(sgd, SGD)
-    assert (sgd.defaults["momentum"], sgd.defaults["weight_decay"]) == (0.5, 0.2)
-
-
-def test_lookahead_goes_around() -> None:
-    options = OptimizerOptions(name="lamb", lookahead={"k": 7, "alpha": 0.25})
-    optimizer = make_optimizer(nn.Linear(3, 2).parameters(), options)
-    assert isinstance(optimizer, Lookahead)
-    assert isinstance(optimizer.optimizer, Lamb)
-    assert (optimizer.k, optimizer.alpha) == (7, 0.25)
-
-
-def test_frozen_parameters_are_left_out() -> None:
-    model = nn.Sequential(nn.Linear(3, 2).requires_grad_(False), nn.Linear(2, 1))
-    (group,) = make_optimizer(model.parameters(), OptimizerOptions()).param_groups
-    assert [tuple(p.shape) for p in group["params"]] == [(1, 2), (1,)]
+from optcpu.runtime.build import threads_for
+from optcpu.runtime.options import TrainerOptions
 
 
 @pytest.fixture
@@ -68,3 +40,34 @@ def test_threads(eight_cores: pytest.MonkeyPatch) -> None:
     eight_cores.setenv("OMP_NUM_THREADS", "1")  # as torchrun sets it, though nobody asked for it
     eight_cores.setenv("TORCHELASTIC_RUN_ID", "x")
     assert _threads(processes=2) == 4
+
+
+def _model() -> nn.Module:
+    torch.manual_seed(0)
+    return nn.Sequential(nn.Linear(6, 8), nn.ReLU(), nn.Linear(8, 3))
+
+
+@pytest.mark.parametrize("already", [True, False])
+def test_a_way_of_storing_that_nothing_brings_about_is_refused(already: bool) -> None:
+    model, given = _model(), {"compile": already}
+    if already:
+        optcpu.optimize(model, precision="fp32")
+    with pytest.raises(OptcpuError, match="are stored as 'fp32', not 'split'"):
+        small_trainer(model, weights="split", **given)
+    optimizer = torch.optim.AdamW(model.parameters())
+    with pytest.raises(OptcpuError, match=r"state in torch\.float32, not torch\.bfloat16"):
+        small_trainer(model, optimizer=optimizer, lr=None, state_dtype=torch.bfloat16, **given)
+    small_trainer(model, weights="fp32", state_dtype=torch.float32, **given)
+    own = AdamW(model.parameters(), state_dtype=torch.bfloat16)
+    small_trainer(model, optimizer=own, lr=None, state_dtype=torch.bfloat16, **given)
+
+
+@pytest.mark.filterwarnings("ignore:.*no BF16")
+def test_a_way_of_storing_that_is_there_is_taken() -> None:
+    model = _model()
+    optimizer = torch.optim.AdamW(model.parameters())
+    optcpu.optimize(model, optimizer, precision="bf16")
+    settings: dict[str, Any] = {"optimizer": optimizer, "lr": None, "compile": True}
+    small_trainer(model, weights="split", state_dtype=torch.bfloat16, **settings)
+    with pytest.raises(OptcpuError, match="are stored as 'split', not 'bf16'"):
+        small_trainer(model, weights="bf16", **settings)

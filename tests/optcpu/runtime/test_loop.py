@@ -13,7 +13,16 @@ import torch
 from torch import Tensor, nn
 from torch.optim.lr_scheduler import ReduceLROnPlateau
 from torch.utils.data import TensorDataset
-from training import Losses, assert_equal, small_data, small_model, small_trainer, tensors_of
+from training import (
+    CLASSES,
+    FEATURES,
+    Losses,
+    assert_equal,
+    small_data,
+    small_model,
+    small_trainer,
+    tensors_of,
+)
 
 from optcpu import Trainer
 from optcpu.errors import OptcpuError
@@ -716,3 +725,64 @@ def test_frozen_blocks_stay_in_evaluation_mode_when_a_run_goes_on(stop_at: int) 
         return trainer
 
     assert_equal(tensors_of(train(stop_at)), tensors_of(train(0)))
+
+
+def test_the_logged_learning_rate_is_that_of_the_step(tmp_path: Path) -> None:
+    used: list[float] = []
+    told: list[float] = []
+
+    class Notes(Callback):
+        def on_step_end(self, trainer: Any, metrics: dict[str, float]) -> None:
+            told.append(metrics["lr"])
+
+    model = small_model()
+    optimizer = torch.optim.SGD(model.parameters(), lr=1.0)
+    optimizer.register_step_pre_hook(
+        lambda optimizer, *_: used.append(optimizer.param_groups[0]["lr"])
+    )
+    trainer = small_trainer(
+        model,
+        optimizer=optimizer,
+        lr=None,
+        accumulation_steps=1,
+        scheduler={"name": "linear", "warmup_steps": 4},
+        callbacks=[Notes()],
+        log={"folder": tmp_path, "every_steps": 1},
+    )
+    trainer.train()
+    assert told == used
+    assert used[:4] == [0.25, 0.5, 0.75, 1.0]
+    rows = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
+    assert [row["lr"] for row in rows] == used
+
+
+def test_a_rollback_puts_buffers_back_that_no_checkpoint_holds_yet(tmp_path: Path) -> None:
+    class Counts(nn.Module):
+        seen: Tensor
+
+        def __init__(self) -> None:
+            super().__init__()
+            self.linear = nn.Linear(FEATURES, CLASSES)
+            self.register_buffer("seen", torch.zeros(1), persistent=False)
+            self.calls = 0
+
+        def forward(self, x: Tensor) -> Tensor:
+            self.calls += 1
+            self.seen += 1
+            return self.linear(x) * (float("nan") if self.calls == 4 else 1)
+
+    seen: list[float] = []
+
+    class Notes(Callback):
+        def on_step_end(self, trainer: Any, metrics: dict[str, float]) -> None:
+            seen.append(trainer.model.seen.item())
+
+    small_trainer(
+        Counts(),
+        accumulation_steps=1,
+        epochs=1,
+        on_nan="rollback",
+        checkpoints={"folder": tmp_path, "every_steps": 100},
+        callbacks=[Notes()],
+    ).train()
+    assert seen == [1, 2, 3, 0, 1, 2]

@@ -82,4 +82,4 @@ def test_the_schedule_ends_with_the_run(batch_size: int, accumulation: int, tmp_
     steps, rates = run(None, batch_size, accumulation)
     assert steps == 20 + len(rates)
     assert rates == sorted(rates, reverse=True)
-    assert rates[-2:] == [pytest.approx(1 / steps), 0.0]  # after a step, that of the next one
+    assert rates[-2:] == pytest.approx([2 / steps, 1 / steps])

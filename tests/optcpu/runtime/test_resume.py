@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import os
 import random
+import shutil
 import signal
 import warnings
 from collections.abc import Callable
@@ -125,8 +126,8 @@ class _MixUp:
         return share * x + (1 - share) * x[self.random.permutation(len(x))], y
 
 
-def _noisy_loader() -> DataLoader[Any]:
-    return DataLoader(_Noisy(late=False), 4, shuffle=True, collate_fn=_MixUp())
+def _noisy_loader(*, late: bool = False) -> DataLoader[Any]:
+    return DataLoader(_Noisy(late=late), 4, shuffle=True, collate_fn=_MixUp())
 
 
 class _NoisyModel(nn.Module):
@@ -154,10 +155,11 @@ class _NoisyModel(nn.Module):
     [
         (small_model, {"data": _Noisy}),
         (small_model, {"data": _noisy_loader}),
+        (small_model, {"data": partial(_noisy_loader, late=True)}),
         (small_model, {"collate_fn": _MixUp}),
         (_NoisyModel, {}),
     ],
-    ids=["dataset", "foreign loader", "collate_fn", "model"],
+    ids=["dataset", "foreign loader", "late generator", "collate_fn", "model"],
 )
 def test_generators_that_parts_have_of_their_own(
     tmp_path: Path, make_model: Callable[..., nn.Module], given: dict[str, Any], stop: int
@@ -254,6 +256,37 @@ def test_callbacks_go_on(tmp_path: Path) -> None:
     counter = _Counter()
     small_trainer(checkpoints=tmp_path, callbacks=[counter]).train()
     assert counter.steps == 4
+
+
+class _FromSecond(_Counter):
+    """Has nothing to save before its second step."""
+
+    def state_dict(self) -> dict[str, Any]:
+        return {} if self.steps < 2 else super().state_dict()
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        self.steps = state.get("steps", 1)
+
+
+def test_callbacks_without_a_state_yet_go_back_to_that(tmp_path: Path) -> None:
+    counter = _FromSecond()
+
+    def fail_once(output: Any, batch: Any) -> Tensor:
+        if counter.steps == 3 and not failed:
+            failed.append(True)
+            raise KeyboardInterrupt
+        return default_loss(output, batch)
+
+    failed: list[bool] = []
+    checkpoints = {"folder": tmp_path, "every_steps": 1, "keep_last": 10}
+    given: dict[str, Any] = {"accumulation_steps": 1, "checkpoints": checkpoints, "loss": fail_once}
+    trainer = small_trainer(callbacks=[counter], **given)
+    with pytest.raises(KeyboardInterrupt):
+        trainer.train()
+    for path in sorted(tmp_path.glob("step-*"))[1:]:
+        shutil.rmtree(path)
+    result = trainer.train()
+    assert counter.steps == result.steps
 
 
 def test_a_run_of_other_parts_is_refused(tmp_path: Path) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 import socket
 import subprocess
@@ -34,6 +35,8 @@ class Dying(Losses):
         dies = os.environ["DIES"] in ("all", os.environ.get("RANK"))
         if dies and len(self.losses) == 3:
             os.kill(os.getpid(), 9)
+        if len(self.losses) == int(os.environ.get("STOPS", 0)):
+            trainer.stop()
 
 torch.set_num_threads(1)
 torch.manual_seed(int(os.environ.get("RANK", 0)) if "APART" in os.environ else 0)
@@ -49,7 +52,36 @@ if "UNEVEN" in os.environ:
             return iter([samples[i] for i in range(rank, 29 - rank, 2)])
 
     data = Uneven()
+if "ENDS" in os.environ:
+    samples = data
+
+    class Ends(torch.utils.data.Dataset):  # as where a signal to the group ends the loading processes, too
+        fetches = 0
+
+        def __len__(self):
+            return len(samples)
+
+        def __getitem__(self, index):
+            self.fetches += 1
+            if os.environ.get("RANK") == "1" and self.fetches == int(os.environ["ENDS"]):
+                os.kill(os.getpid(), 15)
+                raise RuntimeError("DataLoader worker exited unexpectedly")
+            return samples[index]
+
+    sampler = torch.utils.data.DistributedSampler(Ends(), 2, int(os.environ["RANK"]))
+    data = torch.utils.data.DataLoader(Ends(), batch_size=4, sampler=sampler)
 model = torch.nn.Sequential(torch.nn.Linear(6, 8), torch.nn.Tanh(), torch.nn.Linear(8, 3))
+
+class Steep(torch.nn.Module):  # a gradient that is no number, where the loss is one
+    calls = 0
+
+    def forward(self, x):
+        self.calls += 1
+        steep = os.environ.get("RANK") == "1" and self.calls == 3
+        return x + (x * 0).sum().sqrt() if steep else x
+
+if "STEEP" in os.environ:
+    model.append(Steep())
 
 class Centred(torch.nn.Module):  # with running statistics, of the samples of one process
     def __init__(self):
@@ -251,17 +283,21 @@ def test_processes_that_were_made_apart_begin_together(
 
 @pytest.mark.slow
 @pytest.mark.parametrize("local", [False, True])
+@pytest.mark.parametrize("dying", ["all", 1])
 def test_each_process_goes_on_with_what_is_its_own(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, local: bool
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, local: bool, dying: str | int
 ) -> None:
-    """Running statistics and, where each makes steps by itself, the moments of its gradients."""
+    """Running statistics and, where each makes steps by itself, the moments of its gradients.
+
+    Also where one alone has died: what it knew is in the regular checkpoint, and in no later one.
+    """
     given: dict[str, Any] = {"epochs": 3, "batch_size": 4, "accumulation_steps": 1}
     if local:
         given["local_steps"] = 2
     else:
         monkeypatch.setenv("CENTRED", "1")
     runs = {}
-    for name, dies in (("whole", None), ("on", "all"), ("on", None)):
+    for name, dies in (("whole", None), ("on", dying), ("on", None)):
         checkpoints = {"folder": str(tmp_path / name), "every_steps": 2}
         results, _ = _run(tmp_path, 2, name, dies=dies, checkpoints=checkpoints, **given)
         runs[name] = results
@@ -296,3 +332,56 @@ def test_a_lookahead_of_another_number_of_steps_is_refused() -> None:
     optimizer = optcpu.Lookahead(torch.optim.SGD(model.parameters(), lr=0.1), k=5)
     with pytest.raises(ValueError, match=r"local_steps is 4, and k of the Lookahead is 5"):
         small_trainer(model, optimizer=optimizer, lr=None, local_steps=4)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("stops", [4, 5])
+@pytest.mark.parametrize("lookahead", [False, True])
+def test_a_stop_waits_until_all_processes_meet(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, stops: int, lookahead: bool
+) -> None:
+    """Else their weights would be averaged where they are not without the stop."""
+    given: dict[str, Any] = {"epochs": 3, "batch_size": 4, "accumulation_steps": 1}
+    given["local_steps"] = 3
+    if lookahead:
+        given |= {"lr": None, "optimizer": {"lr": 0.05, "lookahead": {"k": 3}}}
+    runs = {}
+    for name, stop in (("whole", None), ("on", stops), ("on", None)):
+        if stop is not None:
+            monkeypatch.setenv("STOPS", str(stop))
+        else:
+            monkeypatch.delenv("STOPS", raising=False)
+        checkpoints = {"folder": str(tmp_path / name), "every_steps": 100}
+        runs[name, stop], _ = _run(tmp_path, 2, name, checkpoints=checkpoints, **given)
+    assert runs["on", stops][0]["steps"] == 6
+    assert runs["on", None][0]["weights"] == runs["whole", None][0]["weights"]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("on_nan", ["skip", "rollback"])
+def test_a_gradient_that_is_no_number_in_one_process_is_one_in_all(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, on_nan: str
+) -> None:
+    monkeypatch.setenv("STEEP", "1")
+    given: dict[str, Any] = {"epochs": 2, "batch_size": 4, "accumulation_steps": 1}
+    checkpoints = {"folder": str(tmp_path / "checkpoints"), "every_steps": 2}
+    both, _ = _run(tmp_path, 2, local_steps=2, on_nan=on_nan, checkpoints=checkpoints, **given)
+    assert [one["steps"] for one in both] == [16, 16]
+    assert both[0]["weights"] == both[1]["weights"]
+    assert all(map(math.isfinite, both[0]["weights"]))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("fetch", [9, 17])
+def test_a_signal_to_all_that_ends_loading_processes_as_well_is_a_stop(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, fetch: int
+) -> None:
+    given: dict[str, Any] = {"epochs": 2, "accumulation_steps": 1, "optimizer": "sgd"}
+    monkeypatch.setenv("CENTRED", "1")
+    runs = {}
+    for name, ends in (("whole", 0), ("on", fetch), ("on", 0)):
+        monkeypatch.setenv("ENDS", str(ends))
+        checkpoints = {"folder": str(tmp_path / name), "every_steps": 100}
+        runs[name, ends], _ = _run(tmp_path, 2, name, checkpoints=checkpoints, **given)
+    assert [one["steps"] for one in runs["on", fetch]] == [(fetch - 1) // 4] * 2
+    assert runs["on", 0][0]["weights"] == runs["whole", 0][0]["weights"]

@@ -199,7 +199,10 @@ class TestOwnLoader:
         "dataset",
         [
             TensorDataset(torch.randn(23, 3), torch.arange(23)),
-            Subset(TensorDataset(torch.randn(50, 3), torch.arange(50)), list(range(40, 17, -1))),
+            Subset(
+                TensorDataset(torch.randn(50, 3), torch.arange(50)),
+                [*range(-1, -13, -1), *range(11)],
+            ),
             SyntheticDataset(23, (2, 3), 4, noise=0.1),
             TokenDataset(torch.arange(24 * 5), 5),
         ],

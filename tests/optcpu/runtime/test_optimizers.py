@@ -1,0 +1,81 @@
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+from training import small_trainer
+
+import optcpu
+from optcpu import Lamb, Lookahead
+from optcpu.cpu import capabilities
+from optcpu.optim import SGD, AdamW
+from optcpu.runtime.optimizers import make_optimizer
+from optcpu.runtime.options import OptimizerOptions
+
+FP32, BF16 = torch.float32, torch.bfloat16
+
+
+def test_only_the_settings_that_an_optimizer_has_arrive() -> None:
+    model = nn.Linear(3, 2)
+    adamw = make_optimizer(model.parameters(), OptimizerOptions(lr=0.1, betas=(0.8, 0.9)), FP32)
+    assert isinstance(adamw, AdamW)
+    assert adamw.defaults["betas"] == (0.8, 0.9)
+    assert (
+        adamw.defaults["weight_decay"]
+        == torch.optim.AdamW(model.parameters()).defaults["weight_decay"]
+    )
+    sgd = make_optimizer(
+        model.parameters(),
+        OptimizerOptions(name="sgd", lr=0.1, momentum=0.5, weight_decay=0.2),
+        FP32,
+    )
+    assert isinstance(sgd, SGD)
+    assert (sgd.defaults["momentum"], sgd.defaults["weight_decay"]) == (0.5, 0.2)
+
+
+def test_lookahead_goes_around() -> None:
+    options = OptimizerOptions(name="lamb", lookahead={"k": 7, "alpha": 0.25})
+    optimizer = make_optimizer(nn.Linear(3, 2).parameters(), options, BF16)
+    assert isinstance(optimizer, Lookahead)
+    assert isinstance(optimizer.optimizer, Lamb)
+    assert (optimizer.k, optimizer.alpha) == (7, 0.25)
+    assert optimizer.optimizer.state_dtype == BF16
+
+
+def test_frozen_parameters_are_left_out() -> None:
+    model = nn.Sequential(nn.Linear(3, 2).requires_grad_(False), nn.Linear(2, 1))
+    (group,) = make_optimizer(model.parameters(), OptimizerOptions(), FP32).param_groups
+    assert [tuple(p.shape) for p in group["params"]] == [(1, 2), (1,)]
+
+
+def _state_dtype(**given: Any) -> torch.dtype:
+    optimizer: Any = small_trainer(**given).optimizer
+    inner = optimizer.optimizer if isinstance(optimizer, Lookahead) else optimizer
+    return inner.state_dtype
+
+
+@pytest.mark.parametrize("name", ["adamw", "adam", "sgd", "lamb"])
+@pytest.mark.parametrize("lookahead", [None, {"k": 2}])
+def test_the_state_is_stored_as_optimize_would_store_it(name: str, lookahead: Any) -> None:
+    given = {"optimizer": {"name": name, "lookahead": lookahead}}
+    usual = BF16 if capabilities().bf16 else FP32
+    assert _state_dtype(compile=True, **given) == usual
+    assert _state_dtype(compile=True, precision="fp32", **given) == FP32
+    assert _state_dtype(compile=True, precision="fp32", state_dtype=BF16, **given) == BF16
+    assert _state_dtype(compile=False, **given) == FP32
+    assert _state_dtype(compile=False, state_dtype=BF16, **given) == BF16
+
+
+@pytest.mark.filterwarnings("ignore:.*BF16")
+def test_the_state_is_bf16_where_products_are() -> None:
+    assert _state_dtype(compile=True, precision="bf16") == BF16
+    assert _state_dtype(compile=True, precision="bf16", state_dtype=FP32) == FP32
+    model = optcpu.optimize(nn.Sequential(nn.Linear(6, 8), nn.Linear(8, 3)), precision="bf16")
+    assert _state_dtype(model=model, compile=True) == BF16
+
+
+def test_another_dtype_is_refused() -> None:
+    with pytest.raises(ValueError, match="state_dtype must be"):
+        small_trainer(state_dtype=torch.float16)
