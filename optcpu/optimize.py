@@ -264,7 +264,7 @@ class CompiledCall:
         Needed when weights are stored in another way, which Dynamo's guards in PyTorch 2.8 overlook.
         """
         self._stored: list[StoredWeight] | None = None  # looked for with the first call
-        self._breaks = _graph_breaks()
+        self._frames, self._breaks = _frames_tried(), _graph_breaks()
         self._compiled: Callable[..., Any] = torch.compile(
             _own_frame(self._eager), backend=self.backend, dynamic=self.settings.dynamic
         )
@@ -316,13 +316,22 @@ class CompiledCall:
     def _tell_why_nothing_ran(self) -> None:
         """Dynamo gives up whole functions without an error, and notes why.
 
-        As it does with what calls a recurrent layer, which is known.
+        As it does with what calls a recurrent layer, which is known. It does so once; the calls that
+        follow, each of a millisecond perhaps, have no time for counting.
         """
+        tried, self._frames = self._frames, _frames_tried()
+        if self._frames == tried:
+            return
         before, self._breaks = self._breaks, _graph_breaks()
         reasons = list(self._breaks - before)
         has_parameters = next(self._model.parameters(), None) is not None
         if reasons and has_parameters and not has_recurrent_layers(self._model):
             self.backend.fell_back("the model", RuntimeError(reasons[0]))
+
+
+def _frames_tried() -> int:
+    """How many functions Dynamo has begun to capture in this process."""
+    return int(torch._dynamo.utils.counters["frames"]["total"])
 
 
 def _graph_breaks() -> Counter[str]:

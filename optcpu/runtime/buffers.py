@@ -43,12 +43,16 @@ class BufferKeeper:
     def _keep_anew(self) -> None:
         self._places = [(module, dict(module._buffers)) for module in self._modules]
         self._ids = [id(buffer) for _, buffers in self._places for buffer in buffers.values()]
-        self._kept = [
-            _KeptBuffer(module, name, buffer)
-            for module, buffers in self._places
-            for name, buffer in buffers.items()
-            if buffer is not None
-        ]
+        kept: dict[Any, _KeptBuffer] = {}
+        for module, buffers in self._places:
+            for name, buffer in buffers.items():
+                if (
+                    buffer is not None
+                ):  # one that modules share is kept once, if it can be written to
+                    key = (id(module), name) if buffer.is_inference() else id(buffer)
+                    if key not in kept:
+                        kept[key] = _KeptBuffer(module, name, buffer)
+        self._kept = list(kept.values())
         at_once = [one for one in self._kept if one.is_statistic and _has_memory(one.buffer)]
         self._statistics = _Statistics(at_once)
         those = set(map(id, at_once))

@@ -22,6 +22,7 @@ from optcpu.cpu import capabilities
 from optcpu.errors import OptcpuError
 from optcpu.layout import expect_products
 from optcpu.optim import Lookahead
+from optcpu.optim.convert import why_not
 from optcpu.optim.weights import StoredWeight
 from optcpu.optimize import Settings, compiled_call, optimize
 from optcpu.pipeline import Pipeline, resolve_precision
@@ -126,6 +127,9 @@ def _check_stored(
     model: nn.Module, optimizer: Optimizer, options: TrainerOptions, state_dtype: torch.dtype | None
 ) -> None:
     """Refuse a way of storing that nothing would bring about any more."""
+    inner = optimizer.optimizer if isinstance(optimizer, Lookahead) else optimizer
+    if options.compile and why_not(inner) is not None:
+        return  # what keeps its own update was told so
     there = stored_as(model)
     if options.weights not in ("auto", there):
         raise OptcpuError(
@@ -133,7 +137,6 @@ def _check_stored(
             "that is compiled, or is not to be, as it is. Remedy: optcpu.restore(model) before, and "
             "compile=True"
         )
-    inner = optimizer.optimizer if isinstance(optimizer, Lookahead) else optimizer
     present = getattr(inner, "state_dtype", torch.float32)
     if state_dtype not in (None, present):
         raise OptcpuError(

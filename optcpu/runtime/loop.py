@@ -37,6 +37,7 @@ logger = logging.getLogger("optcpu.trainer")
 
 
 _MANY_SHAPES = 4
+_MOST_DATA_STOPS = 3  # until processes that make steps by themselves have met, and can stop
 
 
 class TrainingDiverged(OptcpuError):
@@ -92,6 +93,7 @@ class Loop:
         self._saved = run.position.step  # the step of the last checkpoint, written or loaded
         self._changed = False  # anything since then
         self._found_better = False
+        self._data_stops = 0
         self._shapes: set[tuple[tuple[int, ...], ...]] = set()  # of what was compiled
         self._regions = 0  # of the model's code that were compiled, as far as is known
         self._has_compiled()
@@ -120,6 +122,7 @@ class Loop:
                 self.validate()
             self._save_if_due()
             if self._ended() and not self._validation_is_due():  # else that was interrupted
+                self._runner.meet()
                 self._refuse_broken_weights()
                 return None
             if self._stopped() and self._runner.has_met:
@@ -137,6 +140,10 @@ class Loop:
     def _finish_last_step(self) -> None:
         """Do what an error has left to do about the step that a run goes on behind."""
         if self._run.position.unfinished is not None:
+            rate = self._run.optimizer.param_groups[0]["lr"]
+            self._run.position.unfinished["told"].setdefault(
+                "lr", float(rate)
+            )  # as checkpoints once were
             self._finisher.follow(late=True)
             self._changed = True
             self._saved = -1  # a checkpoint that is due here is another one now
@@ -158,12 +165,13 @@ class Loop:
             raw = run.feed.take(self._options.accumulation_steps, before["feed"])
         except OptcpuError:
             # A signal to the whole group ends the processes that load the data, too.
-            if not self._stop.comes_soon() or not self._runner.has_met:
+            if not self._stop.comes_soon() or self._data_stops == _MOST_DATA_STOPS:
                 raise
             stopped = True
         ready, anyone_stopped = run.world.sum_numbers(float(bool(raw)), float(stopped))
         if anyone_stopped:
-            run.go_back(before)
+            self._data_stops += 1
+            run.put_back(before)
             raise _DataStopped("the training data have stopped")
         if ready < run.world.size:  # where one has no data left, the epoch is over for all
             self._before = None

@@ -93,6 +93,7 @@ class Run:
         plan: how long it is to be.
         own_optimizer_states: whether each process has an optimizer state of its own.
         pending: a step whose micro-batches are used in part.
+        unsaved: what model and loss know beyond their ``state_dict()``.
         buffers: what running statistics were before the step in progress.
     """
 
@@ -106,6 +107,7 @@ class Run:
     stopper: Stopper | None
     callbacks: Sequence[Callback]
     plan: Plan
+    unsaved: Unsaved
     own_optimizer_states: bool = False
     clock: Clock = field(default_factory=Clock)
     position: Position = field(default_factory=Position)
@@ -114,18 +116,17 @@ class Run:
 
     def __post_init__(self) -> None:
         self.buffers = BufferKeeper(self.model, self.loss)
-        self._unsaved = Unsaved(self.model, self.loss)
 
     def data_state(self) -> dict[str, Any]:
         """Where data and random generators of this process stand."""
         return {"feed": self.feed.state_dict(), **self._random_state()}
 
     def _random_state(self) -> dict[str, Any]:
-        return {"rng": rng_state(), "generators": self._unsaved.generators()}
+        return {"rng": rng_state(), "generators": self.unsaved.generators()}
 
     def _set_random_state(self, state: dict[str, Any]) -> None:
         set_rng_state(state["rng"])
-        self._unsaved.set_generators(state.get("generators", {}))
+        self.unsaved.set_generators(state.get("generators", {}))
 
     def state_dict(self, *, alone: bool = False) -> dict[str, Any]:
         """The state of the whole run, in this process; tensors are not copied.
@@ -162,7 +163,7 @@ class Run:
         return {
             "model": self.model.state_dict(),
             "loss": self.loss.state_dict() if isinstance(self.loss, nn.Module) else {},
-            "unsaved_buffers": self._unsaved.buffers(),
+            "unsaved_buffers": self.unsaved.buffers(),
             "optimizer": self.optimizer.state_dict(),
             "optimizer_kind": _kind(self.optimizer),
             "optimizer_groups": self._optimizer_groups(),
@@ -220,7 +221,7 @@ class Run:
                 f"the checkpoint is of another model ({' '.join(str(error).split())}): choose another "
                 "folder for checkpoints, or give the trainer that model"
             ) from error
-        self._unsaved.set_buffers(state.get("unsaved_buffers", {}))
+        self.unsaved.set_buffers(state.get("unsaved_buffers", {}))
         groups = self._optimizer_groups()
         if state["optimizer_groups"] != groups:
             raise OptcpuError(
@@ -291,13 +292,18 @@ class Run:
         left = list(self.callbacks)
         for kind, state in states:
             callback = next((one for one in left if type(one).__name__ == kind), None)
+            if callback is None and not state:
+                continue
             if callback is None:
                 raise OptcpuError(
                     f"the checkpoint has the state of a callback {kind}, which this run has not: give the "
                     "trainer that callback, or another folder for checkpoints"
                 )
             left.remove(callback)
-            callback.load_state_dict(state)
+            if (
+                state or callback.state_dict()
+            ):  # else it is as it was, and need not take an empty one
+                callback.load_state_dict(state)
 
     def _load_stopper(self, state: dict[str, Any] | None) -> None:
         """A run that had stopped early goes on where early stopping is now set otherwise."""
@@ -352,13 +358,15 @@ class Run:
         return {"feed": processes[0]["feed"], **self._random_state()}
 
     def _load_data(self, processes: list[dict[str, Any]]) -> None:
-        self.go_back(self._own(processes))
-
-    def go_back(self, saved: dict[str, Any]) -> None:
-        """Let data and random generators stand where they stood when :meth:`data_state` gave ``saved``."""
+        saved = self._own(processes)
         self._set_random_state(saved)
         self.feed.load_state_dict(saved["feed"])
         self._set_random_state(saved)
+
+    def put_back(self, drawn: dict[str, Any]) -> None:
+        """Take nothing of what was drawn after :meth:`data_state` gave ``drawn``."""
+        self.feed.put_back(drawn["feed"])
+        self._set_random_state(drawn)
 
 
 def _copy_all_but(kept: Iterable[tuple[str, Tensor]], state: dict[str, Any]) -> None:

@@ -50,6 +50,7 @@ from optcpu.runtime.run import Run
 from optcpu.runtime.signals import StopRequest
 from optcpu.runtime.step import StepRunner, buffers_of, samples_in, trained_parameters
 from optcpu.runtime.stopping import Stopper
+from optcpu.runtime.unsaved import Unsaved
 from optcpu.runtime.updates import updates_in_backward
 from optcpu.runtime.validation import Metric, check_metrics, validate
 from optcpu.runtime.world import World
@@ -196,6 +197,7 @@ class Trainer:
             self._freezer = make_freezer(
                 freezer, self.model, self.optimizer, self.options, self._plan.total
             )
+        self._unsaved = Unsaved(model, self._loss)
         self._stop = StopRequest()
         self._run: Run | None = None
         self._begun = False
@@ -359,6 +361,7 @@ class Trainer:
             None if stopping is None else Stopper(stopping),
             self._callbacks,
             self._plan,
+            self._unsaved,
             own_optimizer_states=self.options.local_steps is not None,
         )
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -35,7 +34,12 @@ class Unsaved:
             for name, value in vars(module).items()
             if generator_state(value) is not None
         }
-        self._first = {path: _First.of(buffer) for path, _, _, buffer in self._buffers()}
+        self._first: dict[str, Tensor | None] = {}
+        copies: dict[int, Tensor] = {}  # modules may share a large mask
+        for path, _, _, buffer in self._buffers():
+            if buffer is not None and id(buffer) not in copies:
+                copies[id(buffer)] = buffer.detach().clone()
+            self._first[path] = None if buffer is None else copies[id(buffer)]
 
     def generators(self) -> dict[str, Any]:
         """The states of the generators, by where they are."""
@@ -51,23 +55,32 @@ class Unsaved:
         return {
             path: buffer
             for path, _, _, buffer in self._buffers()
-            if buffer is not None and not self._is_first(path, buffer)
+            if buffer is not None and not self._is_as_at_first(path, buffer)
         }
-
-    def _is_first(self, path: str, buffer: Tensor | None) -> bool:
-        return path in self._first and self._first[path].is_still(buffer)
 
     @torch.no_grad()
     def set_buffers(self, saved: dict[str, Tensor]) -> None:
         """Put back what :meth:`buffers` gave; those that had not changed become what they were."""
         for path, module, name, buffer in self._buffers():
-            if path not in saved and (path not in self._first or self._is_first(path, buffer)):
-                continue
-            value = saved[path] if path in saved else self._first[path].copy
-            if value is not None and buffer is not None and buffer.shape == value.shape:
-                buffer.copy_(value)
-            else:
-                setattr(module, name, None if value is None else value.clone())
+            if path in saved:
+                _set(module, name, buffer, saved[path])
+            elif path in self._first and not self._is_as_at_first(path, buffer):
+                _set(module, name, buffer, self._first[path])
+        for path in saved.keys() - {path for path, *_ in self._buffers()}:
+            owner, _, name = path.rpartition(".")
+            if owner in self._modules and not hasattr(
+                self._modules[owner], name
+            ):  # made in forward
+                self._modules[owner].register_buffer(name, saved[path].clone(), persistent=False)
+
+    def _is_as_at_first(self, path: str, buffer: Tensor | None) -> bool:
+        """By its numbers: what is written through ``.data`` is not counted as a change of the tensor."""
+        if path not in self._first:
+            return False
+        first = self._first[path]
+        if buffer is None or first is None:
+            return buffer is first
+        return _alike(buffer, first) and _equal(buffer, first)
 
     def _buffers(self) -> Iterator[tuple[str, nn.Module, str, Tensor | None]]:
         for path, module in self._modules.items():
@@ -76,25 +89,20 @@ class Unsaved:
                     yield f"{path}.{name}", module, name, module._buffers[name]
 
 
-@dataclass(frozen=True)
-class _First:
-    """A buffer as it was at first.
+def _set(module: nn.Module, name: str, buffer: Tensor | None, value: Tensor | None) -> None:
+    if buffer is None or value is None or not _alike(buffer, value) or buffer.is_inference():
+        setattr(module, name, None if value is None else value.clone())
+    else:
+        buffer.copy_(value)
 
-    Attributes:
-        buffer: the tensor itself, held so that no other one can be taken for it.
-        version: how often it had been written to.
-        copy: of its numbers.
-    """
 
-    buffer: Tensor | None
-    version: int
-    copy: Tensor | None
+def _alike(one: Tensor, other: Tensor) -> bool:
+    return one.shape == other.shape and one.dtype == other.dtype
 
-    @classmethod
-    def of(cls, buffer: Tensor | None) -> _First:
-        if buffer is None:
-            return cls(None, 0, None)
-        return cls(buffer, buffer._version, buffer.detach().clone())
 
-    def is_still(self, buffer: Tensor | None) -> bool:
-        return buffer is self.buffer and (buffer is None or buffer._version == self.version)
+def _equal(one: Tensor, other: Tensor) -> bool:
+    """Whether the numbers are the same; kinds of tensors that cannot tell (sparse, meta) do not change."""
+    try:
+        return torch.equal(one, other)
+    except (RuntimeError, NotImplementedError):
+        return True

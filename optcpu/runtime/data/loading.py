@@ -260,15 +260,21 @@ class Feed:
                 taken.append(batch)
         except Exception as error:
             place = f"batch {self.batches_done} of epoch {self.epoch} (counted from 0)"
-            # PyTorch raises the news of a dead worker wherever the main thread is: here, too.
-            with contextlib.suppress(RuntimeError):
-                self._go_to(before["epoch"], before["batches_done"])
-            self._go_to(before["epoch"], before["batches_done"])
-            self._to_resume = before
+            self.put_back(before)
             raise OptcpuError(f"the training data failed at {place}: {_told(error)}") from error
         if self.batches_done == 0:
             raise OptcpuError(self._nothing())
         return taken
+
+    def put_back(self, before: dict[str, Any]) -> None:
+        """Be where :meth:`state_dict` gave ``before``; batches are passed over only when more are taken."""
+        # PyTorch raises the news of a dead worker wherever the main thread is: here, too.
+        for _ in range(2):
+            with contextlib.suppress(RuntimeError):
+                self._source.end_workers()
+                self._go_to(before["epoch"], before["batches_done"])
+        self._go_to(before["epoch"], before["batches_done"])
+        self._to_resume = before
 
     def next_epoch(self) -> None:
         """Go to the beginning of the next epoch."""

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import abc
+import contextlib
 import logging
 from collections.abc import Iterable, Iterator, Mapping
 from itertools import islice
 from typing import Any, TypeGuard, cast
 
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import DataLoader, Dataset, IterableDataset
 
 from optcpu.errors import OptcpuError, warn
 from optcpu.random_state import random_state_kept
@@ -56,6 +57,9 @@ class Source(abc.ABC):
     def go_between_epochs(self, state: State) -> None:  # noqa: B027 (most have nothing to do)
         """Make ready for the next epoch as it was when ``state`` was made."""
 
+    def end_workers(self) -> None:  # noqa: B027 (most have none)
+        """End worker processes that live on from epoch to epoch, one of which may be dead."""
+
     def passed(self) -> bool:
         """Take note that a batch was given to training; whether it only repeats another rank's sample."""
         return False
@@ -87,6 +91,9 @@ class SampledSource(Source):
         self._state = state
         self._sampler.load_state_dict(state)
         return iter(self._loader)
+
+    def end_workers(self) -> None:
+        _end_workers(self._loader)
 
     def passed(self) -> bool:
         share = self._sampler.share(self._state["consumed"])
@@ -200,6 +207,9 @@ class ReplayedSource(Source):
             )
         return iterator
 
+    def end_workers(self) -> None:
+        _end_workers(self._batches)
+
     def state_dict(self) -> dict[str, Any]:
         return {"beginning": self._beginning}
 
@@ -242,7 +252,7 @@ class ReplayedSource(Source):
         if new is None or not _keeps_iterator(self._batches):
             return
         if new:
-            self._batches._iterator = None  # which ends those that are there
+            _end_workers(self._batches)
         elif _workers_live_on(self._batches):
             _warn_of_workers()
             if self._batches._iterator is None:
@@ -251,11 +261,8 @@ class ReplayedSource(Source):
 
     def _set_generators(self, saved: Mapping[str, Any]) -> None:
         generators = _generators(self._batches)
-        if set(generators) < set(saved) and isinstance(self._batches, DataLoader):
-            with (
-                random_state_kept()
-            ):  # some datasets make theirs when they fetch for the first time
-                next(iter(self._batches), None)
+        if set(generators) < set(saved):
+            _fetch_a_sample(self._batches)
             generators = _generators(self._batches)
         if set(generators) != set(saved):
             raise OptcpuError(
@@ -329,6 +336,20 @@ def _set_epoch(batches: Any, epoch: int) -> None:
 def _keeps_iterator(batches: Any) -> TypeGuard[DataLoader[Any]]:
     """Whether this is a loader that says where it keeps worker processes that live on."""
     return isinstance(batches, DataLoader) and hasattr(batches, "_iterator")
+
+
+def _end_workers(batches: Any) -> None:
+    if _keeps_iterator(batches):
+        batches._iterator = None  # which ends those that are there
+
+
+def _fetch_a_sample(batches: Any) -> None:
+    """Let a dataset make the generators that it makes when it fetches for the first time."""
+    if not isinstance(batches, DataLoader) or isinstance(batches.dataset, IterableDataset):
+        return
+    # What does not go here is told where the epoch is gone through.
+    with random_state_kept(), contextlib.suppress(Exception):
+        batches.collate_fn([batches.dataset[0]])
 
 
 def _workers_live_on(batches: Any) -> bool:

@@ -8,7 +8,7 @@ import random
 import shutil
 import signal
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -36,6 +36,7 @@ from optcpu.runtime import Callback, CheckpointFolder
 from optcpu.runtime.data.loading import Feed
 from optcpu.runtime.plan import Plan
 from optcpu.runtime.run import Run
+from optcpu.runtime.unsaved import Unsaved
 from optcpu.runtime.world import World
 
 MICRO_BATCHES = 12  # in two epochs
@@ -287,6 +288,125 @@ def test_callbacks_without_a_state_yet_go_back_to_that(tmp_path: Path) -> None:
         shutil.rmtree(path)
     result = trainer.train()
     assert counter.steps == result.steps
+
+
+class _Best(Callback):
+    """Has a state from its first validation on, and expects what it gave."""
+
+    def __init__(self) -> None:
+        self.best: float | None = None
+
+    def state_dict(self) -> dict[str, Any]:
+        return {} if self.best is None else {"best": self.best}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        self.best = state["best"]
+
+
+def test_an_empty_state_is_nothing_to_go_on_from(tmp_path: Path) -> None:
+    small_trainer(checkpoints=tmp_path, callbacks=[_Best()], loss=_StopAt(5)).train()
+    small_trainer(checkpoints=tmp_path, callbacks=[_Best()], loss=_StopAt(2)).train()
+    assert small_trainer(checkpoints=tmp_path).train().steps == 4  # nor is its callback missed
+
+
+class _StatefulOrder:
+    """Batches whose order is counted on from epoch to epoch, by an object that knows the epoch."""
+
+    def __init__(self) -> None:
+        self.epoch = self.taken = 0
+
+    def set_epoch(self, epoch: int) -> None:
+        self.epoch, self.taken = epoch, 0
+
+    def __iter__(self) -> Iterator[list[int]]:
+        generator = torch.Generator().manual_seed(self.epoch)
+        order = torch.randperm(20, generator=generator).tolist()
+        while self.taken < 20:
+            self.taken += 4
+            yield order[self.taken - 4 : self.taken]
+
+    def __len__(self) -> int:
+        return 5
+
+
+@pytest.mark.parametrize("stop", [3, 7, 9])
+def test_a_late_generator_and_a_sampler_that_counts(tmp_path: Path, stop: int) -> None:
+    def loader() -> DataLoader[Any]:
+        return DataLoader(_Noisy(), batch_sampler=_StatefulOrder())
+
+    whole = small_trainer(data=loader(), accumulation_steps=1)
+    whole.train()
+    given: dict[str, Any] = {"accumulation_steps": 1, "checkpoints": tmp_path}
+    small_trainer(data=loader(), loss=_StopAt(stop), **given).train()
+    resumed = small_trainer(small_model(9), data=loader(), **given)
+    resumed.train()
+    assert_equal(tensors_of(resumed), tensors_of(whole))
+
+
+@pytest.mark.parametrize("fetches", [34, 41])  # before and after the stop would be seen anyway
+@pytest.mark.filterwarnings("ignore:.*persistent_workers")
+def test_persistent_workers_that_end_with_the_group(tmp_path: Path, fetches: int) -> None:
+    def loader(fetches: int | None) -> DataLoader[Any]:
+        data = _EndsInWorker(fetches)
+        return DataLoader(data, 4, num_workers=1, persistent_workers=True)
+
+    whole = small_trainer(data=loader(None), accumulation_steps=1, epochs=3)
+    whole.train()
+    given: dict[str, Any] = {"accumulation_steps": 1, "checkpoints": tmp_path, "epochs": 3}
+    assert small_trainer(data=loader(fetches), **given).train().stopped_by == "SIGTERM"
+    resumed = small_trainer(small_model(9), data=loader(None), **given)
+    resumed.train()
+    assert_equal(tensors_of(resumed), tensors_of(whole))
+
+
+class _EndsInWorker(Dataset[Any]):
+    """Its worker ends by the signal that tells the process that trains to stop."""
+
+    def __init__(self, fetches: int | None) -> None:
+        self.samples, self.fetches = small_data(20), fetches
+
+    def __len__(self) -> int:
+        return len(self.samples)
+
+    def __getitem__(self, index: int) -> Any:
+        if self.fetches is not None:
+            self.fetches -= 1
+            if self.fetches == 0:
+                os.kill(os.getppid(), signal.SIGTERM)
+                os._exit(
+                    0
+                )  # else PyTorch raises the news anywhere, and not where batches are fetched
+        return self.samples[index]
+
+
+def test_buffers_that_no_checkpoint_holds_go_back_to_the_first_ones(tmp_path: Path) -> None:
+    """Also where training is begun again after an error, in the same process."""
+
+    class Doubles(nn.Module):
+        scale: Tensor
+
+        def __init__(self) -> None:
+            super().__init__()
+            self.layers = small_model()
+            self.register_buffer("scale", torch.ones(1), persistent=False)
+            self.calls = 0
+
+        def forward(self, x: Tensor) -> Tensor:
+            self.calls += 1
+            if self.calls == 3:
+                self.scale *= 2
+            if self.calls == 4:
+                raise KeyboardInterrupt
+            result: Tensor = self.layers(x * self.scale)
+            return result
+
+    model = Doubles()
+    checkpoints = {"folder": tmp_path, "every_steps": 2}
+    trainer = small_trainer(model, accumulation_steps=1, checkpoints=checkpoints)
+    with pytest.raises(KeyboardInterrupt):
+        trainer.train()
+    trainer.train()
+    assert model.scale.item() == 1
 
 
 def test_a_run_of_other_parts_is_refused(tmp_path: Path) -> None:
@@ -664,6 +784,7 @@ def test_several_processes_begin_a_step_anew(tmp_path: Path) -> None:
         None,
         [],
         Plan.of(4, 2, 2, None),
+        Unsaved(trainer.model),
     )
     assert run.load_state_dict(saved.state) is None
     assert run.feed.batches_done == 0

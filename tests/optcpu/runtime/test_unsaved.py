@@ -57,6 +57,71 @@ def test_what_had_not_changed_becomes_what_it_was(replaced: bool) -> None:
     assert model.table.tolist() == [0, 1, 2, 3]
 
 
+def test_what_is_written_past_autograd_is_seen() -> None:
+    model = _Model()
+    unsaved = Unsaved(model)
+    model.running.data.add_(1)
+    assert list(unsaved.buffers()) == ["0..running"]
+
+
+def test_another_dtype_comes_back_as_it_was() -> None:
+    model = _Model()
+    model.running = torch.zeros(3, dtype=torch.int64)
+    saved = {"0..running": torch.full((3,), 0.5)}
+    Unsaved(model).set_buffers(saved)
+    assert model.running.tolist() == [0.5, 0.5, 0.5]
+
+
+def test_a_buffer_that_the_first_forward_makes_comes_back() -> None:
+    model = _Model()
+    unsaved = Unsaved(model)
+    model.register_buffer("made", torch.ones(2), persistent=False)
+    saved = {name: buffer.clone() for name, buffer in unsaved.buffers().items()}
+    assert list(saved) == ["0..made"]
+    other = _Model()
+    Unsaved(other).set_buffers(saved)
+    assert dict(other.named_buffers())["made"].tolist() == [1, 1]
+    assert "made" not in other.state_dict()
+
+
+def test_what_modules_share_is_copied_once() -> None:
+    mask = torch.ones(1000)
+    layers = nn.ModuleList(nn.Module() for _ in range(4))
+    for layer in layers:
+        layer.register_buffer("mask", mask, persistent=False)
+    copies = Unsaved(layers)._first.values()
+    assert len(copies) == 4
+    assert len({id(copy) for copy in copies}) == 1
+
+
+@pytest.mark.parametrize(
+    "buffer",
+    [
+        torch.zeros(3, device="meta"),
+        torch.eye(3).to_sparse(),
+        torch.quantize_per_tensor(torch.ones(3), 0.1, 0, torch.qint8),
+        torch.empty(0),
+    ],
+    ids=["meta", "sparse", "quantised", "empty"],
+)
+def test_kinds_that_do_not_change_are_left_out(buffer: Tensor) -> None:
+    model = nn.Module()
+    model.register_buffer("odd", buffer, persistent=False)
+    unsaved = Unsaved(model)
+    assert unsaved.buffers() == {}
+    unsaved.set_buffers({})
+
+
+def test_buffers_made_in_inference_mode() -> None:
+    model = nn.Module()
+    with torch.inference_mode():
+        model.register_buffer("made", torch.zeros(2), persistent=False)
+    unsaved = Unsaved(model)
+    assert unsaved.buffers() == {}
+    unsaved.set_buffers({"0..made": torch.ones(2)})
+    assert model.made.tolist() == [1, 1]
+
+
 def test_what_had_changed_comes_back() -> None:
     model = _Model()
     unsaved = Unsaved(model)

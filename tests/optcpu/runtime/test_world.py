@@ -358,6 +358,14 @@ def test_a_stop_waits_until_all_processes_meet(
 
 
 @pytest.mark.slow
+def test_a_run_that_ends_between_meetings_ends_with_one(tmp_path: Path) -> None:
+    given: dict[str, Any] = {"steps": 7, "batch_size": 4, "accumulation_steps": 1}
+    both, _ = _run(tmp_path, 2, local_steps=3, **given)
+    assert [one["steps"] for one in both] == [7, 7]
+    assert both[0]["weights"] == both[1]["weights"]
+
+
+@pytest.mark.slow
 @pytest.mark.parametrize("on_nan", ["skip", "rollback"])
 def test_a_gradient_that_is_no_number_in_one_process_is_one_in_all(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, on_nan: str
@@ -372,16 +380,19 @@ def test_a_gradient_that_is_no_number_in_one_process_is_one_in_all(
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("fetch", [9, 17])
+@pytest.mark.parametrize(("fetch", "local"), [(9, None), (17, None), (17, 3)])
 def test_a_signal_to_all_that_ends_loading_processes_as_well_is_a_stop(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, fetch: int
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, fetch: int, local: int | None
 ) -> None:
     given: dict[str, Any] = {"epochs": 2, "accumulation_steps": 1, "optimizer": "sgd"}
-    monkeypatch.setenv("CENTRED", "1")
+    given["local_steps"] = local
+    if local is None:
+        monkeypatch.setenv("CENTRED", "1")
     runs = {}
     for name, ends in (("whole", 0), ("on", fetch), ("on", 0)):
         monkeypatch.setenv("ENDS", str(ends))
         checkpoints = {"folder": str(tmp_path / name), "every_steps": 100}
         runs[name, ends], _ = _run(tmp_path, 2, name, checkpoints=checkpoints, **given)
-    assert [one["steps"] for one in runs["on", fetch]] == [(fetch - 1) // 4] * 2
+    steps = (fetch - 1) // 4 if local is None else 6  # when they meet
+    assert [one["steps"] for one in runs["on", fetch]] == [steps, steps]
     assert runs["on", 0][0]["weights"] == runs["whole", 0][0]["weights"]
