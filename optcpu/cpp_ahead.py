@@ -10,10 +10,11 @@ from __future__ import annotations
 
 import ast
 import functools
+import importlib
 import logging
 import threading
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from typing import Any, ParamSpec
 from unittest import mock
 
@@ -60,6 +61,10 @@ def prepare_compiler() -> None:
     yet when a process forks.
     """
     shield_compilers()
+    # Inductor imports it to build anything, and it moves sys.meta_path meanwhile: if the thread did that,
+    # an import in this one could miss the finder of files, and a module that is there would not be found.
+    with suppress(ImportError):
+        importlib.import_module("setuptools")
     work = threading.Thread(target=_compile_smallest, name="optcpu-prepare-compiler", daemon=True)
     work.start()
 

@@ -188,3 +188,46 @@ def in_a_process(
         text=True,
         timeout=120,
     )
+
+
+IMPORTS = """
+import sys, threading
+
+class Finders(list):
+    def _note(self):
+        print(threading.current_thread().name)
+
+    def insert(self, *arguments):
+        self._note()
+        super().insert(*arguments)
+
+    def remove(self, *arguments):
+        self._note()
+        super().remove(*arguments)
+
+sys.meta_path = Finders(sys.meta_path)
+import optcpu, torch
+from optcpu import cpp_ahead
+
+for _ in range(2):
+    optcpu.optimize(torch.nn.Linear(3, 2))(torch.randn(4, 3)).sum().backward()
+for thread in threading.enumerate():
+    if thread.name.startswith("optcpu"):
+        thread.join(60)
+print("setuptools" in sys.modules)
+"""
+
+
+def test_no_thread_moves_the_finders_of_modules(tmp_path: Path) -> None:
+    """An import in another thread would pass one over, and not find a module that is there."""
+    done = subprocess.run(
+        [sys.executable, "-c", IMPORTS],
+        env={**os.environ, "TORCHINDUCTOR_CACHE_DIR": str(tmp_path)},
+        capture_output=True,
+        text=True,
+        timeout=300,
+    )
+    assert done.returncode == 0, done.stderr
+    *moves, imported = done.stdout.split()
+    assert imported == "True"
+    assert set(moves) <= {"MainThread"}
