@@ -140,10 +140,10 @@ class Loop:
     def _finish_last_step(self) -> None:
         """Do what an error has left to do about the step that a run goes on behind."""
         if self._run.position.unfinished is not None:
-            rate = self._run.optimizer.param_groups[0]["lr"]
+            rate = float(self._run.optimizer.param_groups[0]["lr"])
             self._run.position.unfinished["told"].setdefault(
-                "lr", float(rate)
-            )  # as checkpoints once were
+                "lr", rate
+            )  # older checkpoints lack it
             self._finisher.follow(late=True)
             self._changed = True
             self._saved = -1  # a checkpoint that is due here is another one now

@@ -300,9 +300,7 @@ class Run:
                     "trainer that callback, or another folder for checkpoints"
                 )
             left.remove(callback)
-            if (
-                state or callback.state_dict()
-            ):  # else it is as it was, and need not take an empty one
+            if state or callback.state_dict():  # else both are empty, and some cannot take that
                 callback.load_state_dict(state)
 
     def _load_stopper(self, state: dict[str, Any] | None) -> None:

@@ -68,10 +68,9 @@ class Unsaved:
                 _set(module, name, buffer, self._first[path])
         for path in saved.keys() - {path for path, *_ in self._buffers()}:
             owner, _, name = path.rpartition(".")
-            if owner in self._modules and not hasattr(
-                self._modules[owner], name
-            ):  # made in forward
-                self._modules[owner].register_buffer(name, saved[path].clone(), persistent=False)
+            holder = self._modules.get(owner)
+            if holder is not None and not hasattr(holder, name):  # it is made in forward
+                holder.register_buffer(name, saved[path].clone(), persistent=False)
 
     def _is_as_at_first(self, path: str, buffer: Tensor | None) -> bool:
         """By its numbers: what is written through ``.data`` is not counted as a change of the tensor."""

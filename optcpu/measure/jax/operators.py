@@ -196,6 +196,11 @@ def _cross_entropy(
     return jnp.where(counts, losses, 0).sum() / counts.sum()
 
 
+def _mean_squared_error(policy: Policy, x: Array, target: Array, reduction: int = 1) -> Array:
+    _refuse(reduction != 1, "mean squared error with another reduction")
+    return jnp.square(x.astype(jnp.float32) - target).mean()
+
+
 def _lstm(
     policy: Policy,
     x: Array,
@@ -302,6 +307,8 @@ RULES: dict[Any, Rule] = {
     aten.max_pool2d.default: _max_pool,
     aten.adaptive_avg_pool2d.default: _adaptive_mean,
     aten.cross_entropy_loss.default: _cross_entropy,
+    aten.mse_loss.default: _mean_squared_error,
+    aten.broadcast_tensors.default: lambda policy, xs: jnp.broadcast_arrays(*xs),
     aten.lstm.input: _lstm,
     aten.relu.default: lambda policy, x: jax.nn.relu(x),
     aten.gelu.default: _gelu,

@@ -83,6 +83,7 @@ CASES: dict[str, tuple[Callable[..., Any], tuple[int, ...]]] = {
     "layer norm without weights": (lambda x: F.layer_norm(x, (3, 4)), (2, 3, 4)),
     "max pool": (lambda x: F.max_pool2d(x, 3, stride=2, padding=1), (2, 3, 7, 6)),
     "max pool, no stride": (lambda x: F.max_pool2d(x, 2), (2, 3, 6, 6)),
+    "mean squared error": (lambda x: F.mse_loss(x, x * x).reshape(1), (3, 4)),
     "mean": (lambda x: x.mean(dim=1), (2, 3, 4)),
     "mean, kept": (lambda x: x.mean(dim=(1, 2), keepdim=True), (2, 3, 4)),
     "pool to one": (lambda x: F.adaptive_avg_pool2d(x, 1), (2, 3, 4, 5)),
@@ -145,6 +146,7 @@ def test_the_sign_of_the_index_of_an_embedding_without_padding_is_not_mistaken_f
     [
         (lambda x: F.dropout(x, 0.1, training=True), (3, 4), "dropout of 0.1"),
         (lambda x: F.max_pool2d(x, 2, ceil_mode=True), (1, 1, 5, 5), "ceil_mode"),
+        (lambda x: F.mse_loss(x, x, reduction="sum").reshape(1), (3, 4), "another reduction"),
         (lambda x: F.adaptive_avg_pool2d(x, 2), (1, 1, 4, 4), r"pooling to \[2, 2\]"),
         (
             lambda x: F.cross_entropy(x, torch.tensor([0]), label_smoothing=0.1).reshape(1),
