@@ -36,10 +36,10 @@ class JaxEngine:
         dtype = jnp.bfloat16 if bf16 else jnp.float32
         self._shapes = [signature(batch) for batch in batches]
         self._inputs = [[to_jax(tensor) for tensor in tensors_in(batch)] for batch in batches]
-        examples = dict(zip(reversed(self._shapes), reversed(batches), strict=True))
-        self._programs = {
-            shapes: Program(model, payload.loss, batch, dtype) for shapes, batch in examples.items()
-        }
+        self._programs: dict[Any, Program] = {}
+        for shapes, batch in zip(self._shapes, batches, strict=True):
+            if shapes not in self._programs:
+                self._programs[shapes] = Program(model, payload.loss, batch, dtype)
         self._compiled: dict[Any, Any] = {}
 
         parameters = dict(model.named_parameters())
@@ -138,7 +138,7 @@ def as_optax(optimizer: Optimizer) -> Any:
         OptcpuError: it is not AdamW, Adam or SGD with one group of parameters and the usual options.
     """
     group = optimizer.param_groups[0]
-    usual = len(optimizer.param_groups) == 1 and not group["maximize"]
+    usual = len(optimizer.param_groups) == 1 and not group.get("maximize")
     if type(optimizer) in (torch.optim.AdamW, torch.optim.Adam) and not group["amsgrad"] and usual:
         adam = optax.scale_by_adam(*group["betas"], eps=group["eps"])
         decay = optax.add_decayed_weights(group["weight_decay"])

@@ -17,6 +17,8 @@ import jax.numpy as jnp
 import torch
 from jax import lax
 
+from optcpu.errors import OptcpuError
+
 aten = torch.ops.aten
 
 Array = Any
@@ -293,7 +295,7 @@ def _to(policy: Policy, x: Array, dtype: torch.dtype, *_: Any) -> Array:
 
 def _refuse(wrong: bool, what: str) -> None:
     if wrong:
-        raise NotImplementedError(f"the jax variant has no {what}")
+        raise OptcpuError(f"the jax variant has no {what}")
 
 
 RULES: dict[Any, Rule] = {

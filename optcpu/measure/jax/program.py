@@ -111,7 +111,7 @@ class _Run(fx.Interpreter):
         if node.target is torch.ops.aten.batch_norm.default:
             x, weight, bias, mean, variance, training, momentum, eps, _ = arguments
             if not training:
-                raise NotImplementedError("the jax variant has no batch norm in evaluation mode")
+                raise OptcpuError("the jax variant has no batch norm in evaluation mode")
             result, mean, variance = batch_norm(x, weight, bias, mean, variance, momentum, eps)
             if mean is not None:
                 self._change(node.args[3], mean)
@@ -122,7 +122,7 @@ class _Run(fx.Interpreter):
     def _change(self, place: Any, value: Array) -> None:
         name = self._names.get(place)
         if name is None:
-            raise NotImplementedError("the jax variant writes in place to buffers alone")
+            raise OptcpuError("the jax variant writes in place to buffers alone")
         self.changed[name] = self.env[place] = value
 
 

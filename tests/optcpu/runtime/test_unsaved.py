@@ -104,7 +104,7 @@ def test_what_modules_share_is_copied_once() -> None:
     ],
     ids=["meta", "sparse", "quantised", "empty"],
 )
-def test_kinds_that_do_not_change_are_left_out(buffer: Tensor) -> None:
+def test_other_kinds_that_have_not_changed_are_left_out(buffer: Tensor) -> None:
     model = nn.Module()
     model.register_buffer("odd", buffer, persistent=False)
     unsaved = Unsaved(model)

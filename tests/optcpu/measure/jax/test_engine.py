@@ -77,6 +77,7 @@ def test_the_first_step_shows_output_loss_and_gradients_and_changes_nothing() ->
     "optimizer",
     [
         lambda p: RMSprop(p),
+        lambda p: torch.optim.LBFGS(p),  # has no maximize
         lambda p: Adam(p, amsgrad=True),
         lambda p: SGD(p, lr=0.1, momentum=0.9, dampening=0.5),
         lambda p: AdamW(p, maximize=True),

@@ -12,6 +12,7 @@ pytest.importorskip("optax")
 import jax
 import jax.numpy as jnp
 
+from optcpu.errors import OptcpuError
 from optcpu.measure.jax.program import Program, to_jax, to_torch
 
 
@@ -165,7 +166,7 @@ def test_what_is_not_there_is_refused_and_not_computed_otherwise(
 ) -> None:
     model, batch = OfWeight(function, shape), batch_for(shape)
     program = Program(model, weighted_sum, batch, jnp.float32)
-    with pytest.raises(NotImplementedError, match=what):
+    with pytest.raises(OptcpuError, match=what):
         program({"x": to_jax(model.x)}, [to_jax(one) for one in batch])
 
 
