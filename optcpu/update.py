@@ -10,6 +10,8 @@ from torch import Tensor
 from torch.autograd.graph import increment_version
 from torch.optim import SGD, Adagrad, Adam, AdamW, Optimizer
 
+from optcpu.memory_order import in_one_order, is_dense
+
 AnyOptimizer = TypeVar("AnyOptimizer", bound=Optimizer)
 
 _HAVE_FUSED_CPU_KERNEL = (Adam, AdamW, SGD, Adagrad)
@@ -95,14 +97,10 @@ def _is_plain(parameter: Tensor, state: Iterable[Any]) -> bool:
         parameter.device.type == "cpu"
         and parameter.is_floating_point()
         and parameter.layout == torch.strided
-        and (parameter.is_contiguous() or _is_dense(parameter))
+        and is_dense(parameter)
         and all(
-            t.layout == torch.strided and t.stride() == parameter.stride()
+            t.layout == torch.strided and in_one_order(t, parameter)
             for t in (parameter.grad, *others)
             if t is not None
         )
     )
-
-
-def _is_dense(tensor: Tensor) -> bool:
-    return torch.empty_like(tensor, device="meta").stride() == tensor.stride()

@@ -39,6 +39,7 @@ _HOPELESS = 2.0  # times slower than the fastest: not worth another round
 _BEATEN = 1.3  # times slower than the fastest: not worth another round where only the fastest is asked for
 _TIE = 1.05  # times this close to each other count as equal
 _SECONDS_PER_PRODUCT = 0.25
+_BUSY_SECONDS = 0.03  # for which another program may have the processor: longer than several short runs
 _VECTOR = 16  # FP32 numbers in the longest vector register
 # A product is measured on a part of it that takes at least so many multiply-adds and bytes.
 _ENOUGH_WORK, _BEYOND_CACHES = 2**32, 2**25
@@ -227,7 +228,8 @@ def times(
     """The shortest time of each of ``runs`` in seconds, but of those that cannot be done.
 
     One that is ``hopeless`` times slower than the fastest is left out after a few rounds, and when only the
-    fastest is left its time is known well enough.
+    fastest is left its time is known well enough. Not before ``_BUSY_SECONDS`` are over, though: else short
+    runs would be judged by a moment in which the machine was busy, and remembered so.
 
     What else the machine does meanwhile only adds time, and hits all alike when they take turns: so the
     shortest time of each counts. Long runs are few: building a kernel and touching new memory, which only
@@ -239,13 +241,16 @@ def times(
     least_rounds = _LEAST_ROUNDS_OF_LONG if long else _LEAST_ROUNDS
     rounds_for_all = 1 if long else _LEAST_ROUNDS
     started = time.perf_counter()
+    passed = 0.0
     for turn in range(_MOST_ROUNDS):
+        all_run = turn < rounds_for_all or passed < _BUSY_SECONDS
         for name in shortest:
-            if turn < rounds_for_all or shortest[name] <= hopeless * min(shortest.values()):
+            if all_run or shortest[name] <= hopeless * min(shortest.values()):
                 shortest[name] = min(shortest[name], _seconds(runs[name]) or math.inf)
         left = [name for name in shortest if shortest[name] <= hopeless * min(shortest.values())]
-        out_of_time = time.perf_counter() - started > _SECONDS_PER_PRODUCT
-        if turn + 1 >= least_rounds and (out_of_time or len(left) == 1):
+        passed = time.perf_counter() - started
+        is_clear = len(left) == 1 and passed >= _BUSY_SECONDS
+        if turn + 1 >= least_rounds and (is_clear or passed > _SECONDS_PER_PRODUCT):
             break
     return shortest
 
@@ -286,7 +291,7 @@ def _adopted() -> dict[str, str]:
 
 def cache_file() -> Path:
     """Where choices are remembered: one file for each machine type and version of PyTorch."""
-    return cache.folder() / f"gemm4-{cache.machine()}.json"
+    return cache.folder() / f"gemm5-{cache.machine()}.json"
 
 
 @functools.cache

@@ -51,13 +51,19 @@ def as_batches(batch: Any) -> list[Batch]:
                 f"{len(batch)}. For one batch (as a DataLoader yields it) pass tuple(batch); for "
                 "several batches without a target pass [(x,) for x in batch]."
             )
-        batches = [_as_batch(tuple(one) if isinstance(one, list) else one) for one in batch]
+        batches = [as_batch(tuple(one) if isinstance(one, list) else one) for one in batch]
     else:
-        batches = [_as_batch(batch)]
+        batches = [as_batch(batch)]
     return batches
 
 
-def _as_batch(batch: Any) -> Batch:
+def as_batch(batch: Any) -> Batch:
+    """One batch, in one of the forms above.
+
+    Raises:
+        TypeError: it is in none of them.
+        ValueError: it has no tensor, an empty one, or one that is not on the CPU.
+    """
     if not isinstance(batch, (Tensor, tuple)):
         if not isinstance(batch, Mapping):
             raise TypeError(f"a batch of type {type(batch).__name__} cannot be used. {_CONVENTION}")

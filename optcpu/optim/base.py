@@ -12,6 +12,7 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from optcpu.errors import OptcpuError
+from optcpu.memory_order import in_one_order
 from optcpu.optim.formats import Format, Stored, mixed
 from optcpu.optim.in_backward import BackwardHooks
 from optcpu.optim.rules import Constants, Slot
@@ -325,7 +326,7 @@ def _gradient(parameter: Tensor, like: Tensor) -> Stored:
     assert gradient is not None
     if gradient.layout != torch.strided:
         gradient = gradient.to_dense()
-    if gradient.stride() != like.stride():
+    if not in_one_order(gradient, like):
         gradient = torch.empty_like(like, dtype=gradient.dtype).copy_(gradient)
     if gradient.dtype == torch.float32:
         return Stored(_FLOAT, gradient)

@@ -10,9 +10,7 @@ from dataclasses import fields
 from operator import attrgetter
 from pathlib import Path
 
-import torch
-from torch import Tensor
-
+from optcpu.memory_order import in_one_order, is_dense
 from optcpu.optim import rules
 from optcpu.optim.formats import Stored
 from optcpu.optim.rules import Constants, Slot
@@ -81,15 +79,7 @@ def _is_in_one_order(slot: Slot) -> bool:
     """Whether all tensors of ``slot`` lie in memory in the same order, without gaps."""
     # Gradient and moments have been brought into the order of the weight, if it has one.
     weight, slow = slot.weight.data, slot.slow
-    return is_dense(weight) and (slow is None or slow.data.stride() == weight.stride())
-
-
-def is_dense(tensor: Tensor) -> bool:
-    """Whether the numbers of ``tensor`` lie in memory without gaps, in whatever order."""
-    if tensor.is_contiguous():
-        return True
-    # Only such an order is kept by a new tensor that is made like it.
-    return torch.empty_like(tensor, device="meta").stride() == tensor.stride()
+    return is_dense(weight) and (slow is None or in_one_order(slow.data, weight))
 
 
 # The C structures Stored and Parameter: its tensors and size, then its constants; 0q pads as C does.

@@ -14,6 +14,7 @@ from optcpu.errors import OptcpuError
 from optcpu.runtime.freezing.freezer import DynamicFreezer
 from optcpu.runtime.report import Reporter
 from optcpu.runtime.run import Run
+from optcpu.runtime.schedule import Schedule
 from optcpu.runtime.step import buffers_of
 
 
@@ -53,7 +54,10 @@ class Finisher:
         unfinished = run.position.unfinished
         while unfinished is not None and unfinished["left"]:
             if unfinished["left"][0] == "scheduler":
-                with _no_warnings(where=late or not unfinished["told"]["made"]):
+                if late or not unfinished["told"]["made"]:
+                    with _no_warnings():
+                        step_scheduler(run)
+                else:
                     step_scheduler(run)
             elif run.freezer is not None:
                 self._freeze(run.freezer)
@@ -91,6 +95,9 @@ def step_scheduler(run: Run, *arguments: Any) -> None:
         OptcpuError: it failed, with its error as the cause. Scheduler and settings of the optimizer are
             what they were before.
     """
+    if isinstance(run.scheduler, Schedule):  # ours, in which nothing fails
+        run.scheduler.step()
+        return
     groups = run.optimizer.param_groups
     state, settings = run.scheduler.state_dict(), [_settings_in(group) for group in groups]
     try:
@@ -119,9 +126,8 @@ def _failure(run: Run, part: str, error: Exception) -> OptcpuError:
 
 
 @contextlib.contextmanager
-def _no_warnings(*, where: bool) -> Iterator[None]:
+def _no_warnings() -> Iterator[None]:
     """PyTorch would warn of a scheduler that comes before the optimizer, which made no step then."""
-    with warnings.catch_warnings() if where else contextlib.nullcontext():
-        if where:
-            warnings.simplefilter("ignore")
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
         yield

@@ -57,6 +57,19 @@ class Schedule(LambdaLR):
         if self._factor_of(self.last_epoch) != before:
             self._follow()
 
+    def step(self, epoch: int | None = None) -> None:
+        """Follow the factor to the next step; where it stays the same, that is a matter of counting."""
+        here = self.last_epoch
+        if epoch is None and here >= 0 and self._factor_of(here) == self._factor_of(here + 1):
+            self.last_epoch += 1
+            self._step_count += 1
+        else:
+            super().step(epoch)
+
+    def get_last_lr(self) -> list[float | Tensor]:
+        """The learning rate of each group, which a callback may have set."""
+        return [group["lr"] for group in self.optimizer.param_groups]
+
     def get_lr(self) -> list[float | Tensor]:
         """The learning rate of each group."""
         step = self.last_epoch

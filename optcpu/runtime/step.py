@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from optcpu.errors import OptcpuError
-from optcpu.measure.batches import Batch, Loss, as_batches, describe_call, units_in
+from optcpu.measure.batches import Batch, Loss, as_batch, describe_call, units_in
 from optcpu.optim.lookahead import Lookahead
 from optcpu.runtime.objective import objective
 from optcpu.runtime.updates import count_passes
@@ -69,7 +69,7 @@ def collect(
     Raises:
         TypeError, ValueError: one of them is no batch.
     """
-    batches = [as_batches(tuple(one) if isinstance(one, list) else one)[0] for one in raw]
+    batches = [as_batch(tuple(one) if isinstance(one, list) else one) for one in raw]
     sizes = [_whole(size_of(batch)) for batch in batches]
     if min(sizes) < 1:
         raise ValueError(f"a micro-batch counts {min(sizes)} samples; at least 1 was expected")

@@ -14,7 +14,7 @@ from optcpu.measure.batches import (
     LEFT_OUT,
     Batch,
     Loss,
-    as_batches,
+    as_batch,
     call_model,
     class_axis,
     units_in,
@@ -163,7 +163,7 @@ def validate(
         for module in modules:
             module.training = False
         for raw in batches:
-            (batch,) = as_batches(tuple(raw) if isinstance(raw, list) else raw)
+            batch = as_batch(tuple(raw) if isinstance(raw, list) else raw)
             size = size_of(batch)
             output = call_model(model, batch)
             sums["loss"] += _number("loss", loss(output, batch)) * size

@@ -166,6 +166,27 @@ def test_a_parameter_with_gaps_in_memory(kind: Make, options: dict[str, object])
     torch.testing.assert_close(mine, plain, rtol=1e-5, atol=1e-6)
 
 
+@pytest.mark.parametrize(("kind", "options"), OPTIMIZERS)
+@pytest.mark.parametrize("shape", [(4, 1, 3, 3), (4, 3, 1, 1)])
+def test_strides_of_one_number_do_not_matter(
+    kind: Make, options: dict[str, object], shape: tuple[int, ...]
+) -> None:
+    mine = nn.Parameter(torch.randn(shape))
+    plain = nn.Parameter(mine.detach().clone())
+    gradients = [torch.randn(shape) for _ in range(3)]
+    last = [g.to(memory_format=torch.channels_last) for g in gradients]
+    last = [g.as_strided(shape, _of_channels_last(shape)) for g in last]  # as convolutions have it
+    assert last[0].stride() != mine.stride()
+    assert steps(use_fused_update(kind([mine], **options)), [[g] for g in last]) == [True] * 3
+    steps(kind([plain], **options), [[g] for g in gradients])
+    torch.testing.assert_close(mine, plain, rtol=1e-5, atol=1e-6)
+
+
+def _of_channels_last(shape: tuple[int, ...]) -> tuple[int, ...]:
+    _, channels, height, width = shape
+    return channels * height * width, 1, width * channels, channels
+
+
 @pytest.mark.parametrize("named", [True, False])
 def test_closure(named: bool) -> None:
     model = nn.Linear(3, 2)

@@ -17,7 +17,7 @@ def rng_state() -> dict[str, Any]:
     return {
         "python": _python.get(),
         "numpy": _numpy.state_dict(),
-        "torch": torch.get_rng_state(),
+        "torch": torch.default_generator.get_state(),
     }
 
 
