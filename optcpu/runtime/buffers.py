@@ -1,7 +1,8 @@
-"""The buffers of a model, put back where a step is left out."""
+"""The buffers and extra states of a model, put back where a step is left out."""
 
 from __future__ import annotations
 
+import copy
 import operator
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -15,12 +16,16 @@ from torch import Tensor, nn
 class BufferKeeper:
     """Puts buffers back that the forward pass of a step has changed, as a step that is left out must.
 
+    So it does with what a module gives as its extra state (``torch.nn.Module.get_extra_state``).
+
     Args:
         owners: modules, with the running statistics of batch norms, say; anything else is passed over.
     """
 
     def __init__(self, *owners: Any) -> None:
-        modules = (m for o in owners if isinstance(o, nn.Module) for m in o.modules())
+        modules = [m for o in owners if isinstance(o, nn.Module) for m in o.modules()]
+        self._with_extra = [m for m in modules if _has_extra_state(m)]
+        self._extra: list[Any] = []
         self._modules = [module for module in modules if module._buffers]
         self._places: list[tuple[nn.Module, dict[str, Tensor | None]]] = []
         self._ids: list[int] = []
@@ -30,6 +35,8 @@ class BufferKeeper:
 
     def keep(self) -> None:
         """Take note of what the buffers are; large ones that have not changed since then cost nothing."""
+        if self._with_extra:
+            self._extra = self._extra_now()
         # Each step does this, behind kernels that leave nothing of Python in the caches: few calls count.
         present = chain.from_iterable(map(dict.values, map(_buffers_of, self._modules)))
         if list(map(id, present)) != self._ids or not self._statistics.update():
@@ -67,33 +74,49 @@ class BufferKeeper:
         self._statistics.spell_out()
         for one in self._kept:
             one.write(one.copy)
+        self._set_extra(self._extra)
+
+    def _extra_now(self) -> list[Any]:
+        return [copy.deepcopy(module.get_extra_state()) for module in self._with_extra]
+
+    def _set_extra(self, states: list[Any]) -> None:
+        for module, state in zip(self._with_extra, states, strict=False):  # as many as were kept
+            module.set_extra_state(copy.deepcopy(state))
 
     @contextmanager
     @torch.no_grad()
-    def put_back_meanwhile(self) -> Iterator[list[Tensor]]:
-        """Within the block the buffers are what they were when they were kept.
+    def put_back_meanwhile(self) -> Iterator[list[Any]]:
+        """Within the block buffers and extra states are what they were when they were kept.
 
         Yields:
             Copies of what they are outside of it, for :meth:`write`.
         """
         places = [(module, dict(module._buffers)) for module in self._modules]
         now = [one.present.detach().clone() for one in self._kept]
+        extra = self._extra_now()
         self.put_back()
         try:
-            yield now
+            yield [*now, *extra]
         finally:
             for module, buffers in places:
                 module._buffers.clear()
                 module._buffers.update(buffers)
-            for one, copy in zip(self._kept, now, strict=True):
+            for one, value in zip(self._kept, now, strict=True):
                 if one.present is one.buffer:
-                    one.write(copy)
+                    one.write(value)
+            self._set_extra(extra)
 
     @torch.no_grad()
-    def write(self, values: list[Tensor]) -> None:
-        """Give the buffers values, in the order in which they are kept; what was kept of them stays so."""
-        for one, value in zip(self._kept, values, strict=True):
+    def write(self, values: list[Any]) -> None:
+        """Give buffers and extra states what :meth:`put_back_meanwhile` gave; what was kept stays so."""
+        count = len(self._kept)
+        for one, value in zip(self._kept, values[:count], strict=True):
             one.write(value)
+        self._set_extra(values[count:])
+
+
+def _has_extra_state(module: nn.Module) -> bool:
+    return type(module).get_extra_state is not nn.Module.get_extra_state
 
 
 _buffers_of = operator.attrgetter("_buffers")

@@ -15,6 +15,7 @@ from optcpu.measure.batches import Batch, signature
 from optcpu.optimize import compiled_call
 from optcpu.runtime.checkpoint.folder import CheckpointFolder
 from optcpu.runtime.display import Display
+from optcpu.runtime.events import tell, tell_the_rest
 from optcpu.runtime.finish import Finisher, step_scheduler
 from optcpu.runtime.metrics_log import MetricsLog
 from optcpu.runtime.monitors import check_results
@@ -139,6 +140,10 @@ class Loop:
 
     def _finish_last_step(self) -> None:
         """Do what an error has left to do about the step that a run goes on behind."""
+        if self._run.position.untold is not None:
+            tell_the_rest(self._run, self._trainer)
+            self._changed = True
+            self._saved = -1
         if self._run.position.unfinished is not None:
             rate = float(self._run.optimizer.param_groups[0]["lr"])
             self._run.position.unfinished["told"].setdefault(
@@ -264,8 +269,7 @@ class Loop:
         run.position.epoch += 1
         run.position.epoch_ended = self._changed = True
         run.feed.next_epoch()
-        for callback in run.callbacks:
-            callback.on_epoch_end(self._trainer)
+        tell(run, self._trainer, "on_epoch_end")
 
     def _finished(self) -> bool:
         options, position = self._options, self._run.position
@@ -295,14 +299,22 @@ class Loop:
         started = time.perf_counter()
         self._runner.meet()
         run.world.share_from_first(buffers_of(run.model, run.loss).values())
-        results = validate(
-            run.model,
-            self._validation(),
-            run.loss,
-            self._metrics,
-            size_of=self._size_of,
-            interrupted=lambda: self._stop.by is not None and run.world.size == 1,
-        )
+        results = None
+        generators = run.unsaved.generators()
+        run.buffers.keep()
+        try:
+            results = validate(
+                run.model,
+                self._validation(),
+                run.loss,
+                self._metrics,
+                size_of=self._size_of,
+                interrupted=lambda: self._stop.by is not None and run.world.size == 1,
+            )
+        finally:
+            if results is None:  # it will be made again from its beginning
+                run.buffers.put_back()
+                run.unsaved.set_generators(generators)
         if results is None:
             return None
         # Random numbers and data of their own may differ: what follows from the results must not.
@@ -321,8 +333,7 @@ class Loop:
         if run.stopper is not None:
             position.stop_reason = run.stopper.reason_to_stop(results)
         self._note_best(results)
-        for callback in run.callbacks:
-            callback.on_validation_end(self._trainer, results)
+        tell(run, self._trainer, "on_validation_end", results)
         return results
 
     def _note_best(self, results: dict[str, float]) -> None:

@@ -7,11 +7,12 @@ import io
 import itertools
 import json
 import math
-from collections.abc import Collection
+from collections.abc import Collection, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from optcpu.errors import OptcpuError
+from optcpu.errors import OptcpuError, warn
 from optcpu.files import replace
 
 COLUMNS = ("step", "epoch", "phase", "name", "value")
@@ -93,13 +94,27 @@ class MetricsLog:
         _append(self._jsonl, _line(row))
         _append(self._csv, _csv_text(_entries(row)))
         if self._writer is not None:
-            for name, value in metrics.items():
-                self._writer.add_scalar(f"{phase}/{name}", value, step)
+            with self._told():
+                for name, value in metrics.items():
+                    self._writer.add_scalar(f"{phase}/{name}", value, step)
 
     def close(self) -> None:
-        """Write what is still in memory."""
-        if self._writer is not None:
-            self._writer.close()
+        """Write what is still in memory; where that fails, the other files have it, and it is only told."""
+        if self._writer is None:
+            return
+        try:
+            with self._told():
+                self._writer.close()
+        except OptcpuError as error:
+            warn(str(error))
+
+    @contextmanager
+    def _told(self) -> Iterator[None]:
+        """Tell of what TensorBoard's writer cannot write, which may be what it was given before."""
+        try:
+            yield
+        except OSError as error:
+            raise _cannot_write(self._jsonl.parent, error) from error
 
 
 def _append(path: Path, text: str) -> None:
@@ -112,10 +127,14 @@ def _append(path: Path, text: str) -> None:
         with file:
             file.write(text)
     except OSError as error:
-        raise OptcpuError(
-            f"cannot write metrics to {path}: {error.strerror}; make room there and see that it may be "
-            "written to, or choose another folder for the log"
-        ) from error
+        raise _cannot_write(path, error) from error
+
+
+def _cannot_write(path: Path, error: OSError) -> OptcpuError:
+    return OptcpuError(
+        f"cannot write metrics to {path}: {error.strerror}; make room there and see that it may be "
+        "written to, or choose another folder for the log"
+    )
 
 
 def _rows(path: Path) -> list[dict[str, Any]]:

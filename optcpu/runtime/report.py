@@ -8,6 +8,7 @@ import time
 from typing import Any
 
 from optcpu.runtime.display import Display
+from optcpu.runtime.events import tell
 from optcpu.runtime.metrics_log import MetricsLog
 from optcpu.runtime.options import LogOptions, TrainerOptions
 from optcpu.runtime.run import Position, Run
@@ -80,9 +81,7 @@ class Reporter:
         self._interval_samples += samples
         if position.step % self._interval == 0:
             self._end_interval(row)
-        for callback in run.callbacks:
-            callback.on_step_end(self._trainer, row)
-        self.log_what_is_due()
+        tell(run, self._trainer, "on_step_end", row)
 
     def log_what_is_due(self) -> None:
         """Write the row that is not in the log yet, because a callback or the disk was in the way."""

@@ -52,6 +52,8 @@ class Position:
         unfinished: what is left to do about the last step, and what is to be told of it; None once
             that is done (:class:`optcpu.runtime.finish.Finisher`).
         unlogged: what the log should tell of the last step, and does not yet.
+        untold: the event that callbacks behind one that failed were not told of
+            (:func:`optcpu.runtime.events.tell`).
         bad_steps: how many steps in a row were bad.
         regular_save: the step of the last checkpoint that a run without interruption has, too.
         stop_reason: why the run has ended before its time.
@@ -68,6 +70,7 @@ class Position:
     best_of: str | None = None
     unfinished: dict[str, Any] | None = None
     unlogged: dict[str, float] | None = None
+    untold: dict[str, Any] | None = None
     bad_steps: int = 0
     regular_save: int = -1
     stop_reason: str | None = None
@@ -164,6 +167,7 @@ class Run:
             "model": self.model.state_dict(),
             "loss": self.loss.state_dict() if isinstance(self.loss, nn.Module) else {},
             "unsaved_buffers": self.unsaved.buffers(),
+            "trained": self.unsaved.trained(),
             "optimizer": self.optimizer.state_dict(),
             "optimizer_kind": _kind(self.optimizer),
             "optimizer_groups": self._optimizer_groups(),
@@ -276,6 +280,7 @@ class Run:
         given = Settings.of(self.optimizer, self.scheduler)
         self.load_weights(state)
         self.scheduler.load_state_dict(state["scheduler"])
+        self.unsaved.set_trained(state.get("trained", {}))
         given.tell_changes(Settings.of(self.optimizer, self.scheduler))
         self._load_callbacks(state["callbacks"])
         self.clock.load_state_dict(state["clock"])

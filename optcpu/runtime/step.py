@@ -150,10 +150,12 @@ class StepRunner:
                 f"batch norm needs two samples or more, and {describe_call(batch)} has too few: leave an "
                 "incomplete last batch out with drop_last=True, or choose another batch_size"
             ) from error
-        if not isinstance(loss, Tensor) or loss.numel() != 1:
-            what = tuple(loss.shape) if isinstance(loss, Tensor) else type(loss).__name__
+        if not isinstance(loss, Tensor) or loss.numel() != 1 or loss.is_complex():
+            what: object = type(loss).__name__
+            if isinstance(loss, Tensor):
+                what = loss.dtype if loss.is_complex() else tuple(loss.shape)
             raise TypeError(
-                f"the loss must be a tensor with one number, the mean over the batch, not {what}"
+                f"the loss must be a tensor with one real number, the mean over the batch, not {what}"
             )
         if not loss.requires_grad:
             raise TypeError(
@@ -201,9 +203,11 @@ class StepRunner:
     def update(self, norm: float | None) -> None:
         """Clip, update, and forget the gradient."""
         limit = self._max_grad_norm
-        if limit is not None and norm is not None and norm > limit:
-            # One pass over the gradients, and only where they are too large.
-            torch._foreach_mul_([_numbers(g) for g in self._gradients()], limit / (norm + 1e-6))
+        if limit is not None and norm is not None:
+            gradients = [_numbers(g) for g in self._gradients()]
+            factor = _clipping(limit, norm, gradients)
+            if factor < 1:  # one pass over the gradients, and only where they are too large
+                torch._foreach_mul_(gradients, factor)
         self._optimizer.step()
         self.forget_gradients()
         self._steps_alone += 1
@@ -266,6 +270,13 @@ def not_finite(parameters: Mapping[str, nn.Parameter]) -> str | None:
 def gradients_by_name(parameters: Mapping[str, nn.Parameter]) -> dict[str, Tensor]:
     """The gradients that are there, by the names of their parameters."""
     return {name: p.grad for name, p in parameters.items() if p.grad is not None}
+
+
+def _clipping(limit: float, norm: float, gradients: list[Tensor]) -> float:
+    """What ``clip_grad_norm_`` multiplies gradients by, where it is less than 1, computed as there."""
+    double = any(g.dtype in (torch.float64, torch.complex128) for g in gradients)
+    total = torch.tensor(norm, dtype=torch.float64 if double else torch.float32)
+    return (limit / (total + 1e-6)).item()
 
 
 def _numbers(gradient: Tensor) -> Tensor:

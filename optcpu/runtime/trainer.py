@@ -197,7 +197,9 @@ class Trainer:
             self._freezer = make_freezer(
                 freezer, self.model, self.optimizer, self.options, self._plan.total
             )
-        self._unsaved = Unsaved(model, self._loss)
+        self._unsaved = Unsaved(
+            model, self._loss, optimizer=self.optimizer, validation=self._validation
+        )
         self._stop = StopRequest()
         self._run: Run | None = None
         self._begun = False
@@ -237,6 +239,7 @@ class Trainer:
                     self._freezer.keep_modes()
                 return self._train()
         finally:
+            self._feed.end_workers()
             torch.set_num_threads(threads)
 
     def _updates_in_backward(self) -> contextlib.AbstractContextManager[None]:

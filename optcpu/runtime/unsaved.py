@@ -8,32 +8,39 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from optcpu.runtime.data.randomness import generator_state, set_generator_state
+from optcpu.runtime.data.randomness import generator_state, generators_in, set_generator_state
+
+_IN_STATE_DICT = ("_parameters", "_buffers", "_modules")
 
 
 class Unsaved:
-    """Generators that are attributes of modules, and buffers that are not persistent.
+    """Random generators, buffers that are not persistent, and which parameters are trained.
 
-    Of the buffers only those are given that have changed since this was made: masks and tables, which
-    modules make anew, are not.
+    Of the last two only what has changed since this was made is given: masks and tables, which modules make
+    anew, are not, nor are parameters that the user has frozen from the start.
 
     Args:
-        owners: modules; anything else is passed over.
+        owners: modules, and functions or objects that may have generators.
+        others: likewise, by name; only their generators count.
     """
 
-    def __init__(self, *owners: Any) -> None:
+    def __init__(self, *owners: Any, **others: Any) -> None:
         self._modules = {
             f"{number}.{name}": module
             for number, owner in enumerate(owners)
             if isinstance(owner, nn.Module)
             for name, module in owner.named_modules()
         }
-        self._generators = {
+        parts = {
             f"{path}.{name}": value
             for path, module in self._modules.items()
             for name, value in vars(module).items()
-            if generator_state(value) is not None
+            if name not in _IN_STATE_DICT
         }
+        others |= {str(number): owner for number, owner in enumerate(owners)}
+        self._generators = {p: one for p, one in parts.items() if generator_state(one) is not None}
+        self._generators |= generators_in(_composed(parts) | _composed(others))
+        self._trained = {path: p.requires_grad for path, p in self._parameters()}
         self._first: dict[str, Tensor | None] = {}
         copies: dict[int, Tensor] = {}  # modules may share a large mask
         for path, _, _, buffer in self._buffers():
@@ -49,6 +56,20 @@ class Unsaved:
         """Put back what :meth:`generators` gave, as far as the generators are there."""
         for path in states.keys() & self._generators.keys():
             set_generator_state(self._generators[path], states[path])
+
+    def trained(self) -> dict[str, bool]:
+        """Whether parameters are trained of which that has changed, by where they are."""
+        return {
+            path: p.requires_grad
+            for path, p in self._parameters()
+            if p.requires_grad != self._trained.get(path, p.requires_grad)
+        }
+
+    def set_trained(self, saved: dict[str, bool]) -> None:
+        """Put back what :meth:`trained` gave, as far as the parameters are there."""
+        for path, parameter in self._parameters():
+            if path in saved:
+                parameter.requires_grad_(saved[path])
 
     def buffers(self) -> dict[str, Tensor]:
         """The buffers that have changed, by where they are; not copies."""
@@ -81,11 +102,29 @@ class Unsaved:
             return buffer is first
         return _alike(buffer, first) and _equal(buffer, first)
 
+    def _parameters(self) -> Iterator[tuple[str, nn.Parameter]]:
+        for path, module in self._modules.items():
+            for name, parameter in module._parameters.items():
+                if parameter is not None:
+                    yield f"{path}.{name}", parameter
+
     def _buffers(self) -> Iterator[tuple[str, nn.Module, str, Tensor | None]]:
         for path, module in self._modules.items():
             for name in sorted(module._non_persistent_buffers_set):
                 if name in module._buffers:
                     yield f"{path}.{name}", module, name, module._buffers[name]
+
+
+def _composed(values: dict[str, Any]) -> dict[str, Any]:
+    """Those that may have generators in them: most attributes of modules are none of these."""
+    plain = (bool, int, float, str, Tensor, nn.Module)
+    return {
+        path: value
+        for path, value in values.items()
+        if value is not None
+        and not isinstance(value, plain)
+        and not (isinstance(value, (dict, list, tuple, set)) and not value)
+    }
 
 
 def _set(module: nn.Module, name: str, buffer: Tensor | None, value: Tensor | None) -> None:

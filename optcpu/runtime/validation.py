@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from typing import Any, Protocol, TypeAlias, runtime_checkable
 
 import torch
@@ -39,6 +40,7 @@ class AccumulatingMetric(Protocol):
 
 _LABELS = ("labels", "label")
 _TAKEN = ("loss", "step", "epoch", "phase")  # the columns of the log
+_ASKED = "distributed_available_fn"  # by torchmetrics, whether there are other processes
 
 Metric: TypeAlias = AccumulatingMetric | Callable[[Any, Batch], Any]
 
@@ -178,8 +180,23 @@ def validate(
         raise OptcpuError("the validation data are empty: give at least one batch")
     results = {name: total / samples for name, total in sums.items()}
     for name, metric in accumulating.items():
-        results |= _results(name, metric.compute())
+        with _of_this_process(metric):
+            results |= _results(name, metric.compute())
     return results
+
+
+@contextmanager
+def _of_this_process(metric: AccumulatingMetric) -> Iterator[None]:
+    """Within the block torchmetrics do not add up what all processes have, as each has seen all data."""
+    parts = list(metric.modules()) if isinstance(metric, nn.Module) else []
+    asking = [(one, vars(one)[_ASKED]) for one in parts if _ASKED in vars(one)]
+    for one, _ in asking:
+        setattr(one, _ASKED, lambda: False)
+    try:
+        yield
+    finally:
+        for one, ask in asking:
+            setattr(one, _ASKED, ask)
 
 
 def _results(name: str, computed: Any) -> dict[str, float]:
@@ -228,6 +245,11 @@ def check_metrics(metrics: Mapping[str, Metric] | Iterable[str]) -> dict[str, Me
     for name, metric in metrics.items():
         if name in _TAKEN:
             raise ValueError(f"a metric must not be called {name!r}, which is there anyway")
+        if isinstance(metric, type) and isinstance(metric, AccumulatingMetric):
+            raise TypeError(
+                f"metric {name!r} is the class {metric.__name__}: give one of its objects, as in "
+                f"{metric.__name__}(...)"
+            )
         if not callable(metric) and not isinstance(metric, AccumulatingMetric):
             raise TypeError(
                 f"metric {name!r} must be a function (output, batch) or a torchmetrics metric, not "

@@ -120,16 +120,26 @@ class World:
 
     @torch.no_grad()
     def sum_tensors(self, tensors: list[Tensor]) -> None:
-        """Make each tensor its sum over all processes, in FP32, or in BF16 to save bytes."""
+        """Make each tensor its sum over all processes, in FP32 or FP64, or in BF16 to save bytes."""
         self._reduce(tensors, torch.bfloat16 if self.compress else torch.float32, 1)
 
     @torch.no_grad()
     def average(self, tensors: Iterable[Tensor]) -> None:
-        """Make each tensor its mean over all processes, in FP32 whatever ``compress`` says."""
+        """Make each tensor its mean over all processes, in FP32 or FP64 whatever ``compress`` says.
+
+        Integers, which are not trained, are left as they are.
+        """
         if self.size > 1:
-            self._reduce([tensor.detach() for tensor in tensors], torch.float32, self.size)
+            trained = [t.detach() for t in tensors if t.is_floating_point() or t.is_complex()]
+            self._reduce(trained, torch.float32, self.size)
 
     def _reduce(self, tensors: list[Tensor], sent_as: torch.dtype, divisor: int) -> None:
+        real = [torch.view_as_real(t) if t.is_complex() else t for t in tensors]
+        double = [t for t in real if t.dtype == torch.float64]
+        self._reduce_as(torch.float64, double, divisor)
+        self._reduce_as(sent_as, [t for t in real if t.dtype != torch.float64], divisor)
+
+    def _reduce_as(self, sent_as: torch.dtype, tensors: list[Tensor], divisor: int) -> None:
         for bucket in _buckets(tensors):
             flat = torch.cat([tensor.reshape(-1).to(sent_as) for tensor in bucket])
             self._all_reduce([flat])
@@ -165,9 +175,10 @@ class World:
     def share_from_first(self, tensors: Iterable[Tensor]) -> None:
         """Make each tensor that of the first process."""
         for tensor in tensors:
-            if self.size > 1:
-                plain = tensor.detach().clone()
-                self._guarded(lambda plain=plain: dist.broadcast(plain, src=0))  # type: ignore[misc]
+            if self.size > 1 and tensor.numel():
+                plain = tensor.detach().clone(memory_format=torch.contiguous_format)
+                sent = plain.reshape(-1).view(torch.uint8)  # as not every dtype can be sent
+                self._guarded(lambda sent=sent: dist.broadcast(sent, src=0))  # type: ignore[misc]
                 if not self.first:
                     tensor.copy_(plain)
 

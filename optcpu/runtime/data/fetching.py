@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 import copy
+import ctypes
+import functools
 import math
 import os
 import signal
 import time
 from collections.abc import Callable
 from itertools import islice
+from multiprocessing.sharedctypes import RawValue
+from multiprocessing.util import Finalize
 from typing import Any, NamedTuple, cast
 
 import torch
@@ -120,13 +124,30 @@ def batch_of(dataset: Dataset[Any], indices: list[int]) -> list[torch.Tensor]:
     return list(dataset.batch(indices))
 
 
-def begin_worker(_: int) -> None:
+_main_ends = RawValue(ctypes.c_bool, False)  # in memory that loading processes share
+# Python tells loading processes to end by one SIGTERM, and waits for them: this comes in front of it.
+Finalize(None, lambda: setattr(_main_ends, "value", True), exitpriority=0)
+
+
+def worker_initializer() -> Callable[[int], None]:
+    """What a loading process is to do first, as the ``worker_init_fn`` of a ``DataLoader``."""
+    return functools.partial(_begin_worker, _main_ends)
+
+
+def _begin_worker(main_ends: Any, _: int) -> None:
     """How a loading process treats signals: what is sent to the whole group is for the main one to obey.
 
-    That still needs batches until it stops, and ends the others then. A second SIGTERM ends this one.
+    That still needs batches until it stops, and ends the others then. A second SIGTERM ends this one, as
+    does the first once the main process comes to its end.
     """
+
+    def terminate(number: int, _: Any) -> None:
+        if main_ends.value:
+            os._exit(0)
+        signal.signal(number, signal.SIG_DFL)
+
     signal.signal(signal.SIGINT, signal.SIG_IGN)
-    signal.signal(signal.SIGTERM, lambda number, _: signal.signal(number, signal.SIG_DFL))
+    signal.signal(signal.SIGTERM, terminate)
 
 
 class FetchTime(NamedTuple):

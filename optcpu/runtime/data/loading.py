@@ -15,15 +15,15 @@ from optcpu.random_state import random_state_kept
 from optcpu.runtime.data.fetching import (
     Collate,
     SeededBatches,
-    begin_worker,
     choose_workers,
     cores_for_loading,
     fetch_time,
+    worker_initializer,
 )
 from optcpu.runtime.data.randomness import stream_key
 from optcpu.runtime.data.sampling import ResumableBatchSampler
 from optcpu.runtime.data.sharing import is_shared, warn_if_not_shared
-from optcpu.runtime.data.sources import State, length_of, source_of
+from optcpu.runtime.data.sources import SampledSource, State, length_of, source_of
 
 Workers = int | Literal["auto"]
 
@@ -81,7 +81,7 @@ def make_loader(
             num_workers=0 if workers == "auto" else workers,
             collate_fn=collate_fn,
             drop_last=drop_last,
-            worker_init_fn=begin_worker,
+            worker_init_fn=worker_initializer(),
             generator=torch.Generator().manual_seed(stream_key(seed, rank)),
         )
     if not (hasattr(dataset, "__len__") and hasattr(dataset, "__getitem__")):
@@ -111,7 +111,7 @@ def make_loader(
         batch_sampler=sampler,
         num_workers=workers,
         collate_fn=_as_it_is,
-        worker_init_fn=begin_worker,
+        worker_init_fn=worker_initializer(),
         persistent_workers=workers > 0,
         generator=torch.Generator().manual_seed(0),  # else PyTorch draws from the global one
     )
@@ -275,6 +275,11 @@ class Feed:
                 self._go_to(before["epoch"], before["batches_done"])
         self._go_to(before["epoch"], before["batches_done"])
         self._to_resume = before
+
+    def end_workers(self) -> None:
+        """End processes that wait to load more, if others can go on at once where they are."""
+        if isinstance(self._source, SampledSource):
+            self.put_back(self.state_dict())
 
     def next_epoch(self) -> None:
         """Go to the beginning of the next epoch."""

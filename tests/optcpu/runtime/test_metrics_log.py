@@ -119,3 +119,20 @@ def test_a_full_disk_is_told(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) ->
     monkeypatch.setattr(Path, "write_bytes", is_full)
     with pytest.raises(OptcpuError, match=r"cannot write metrics into .*No space left.*make room"):
         MetricsLog(tmp_path)
+
+
+def test_a_disk_that_is_full_for_tensorboard_is_told(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pytest.importorskip("tensorboard")
+
+    def is_full(*_: object, **__: object) -> None:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    log = MetricsLog(tmp_path, tensorboard=True)
+    monkeypatch.setattr(log._writer, "add_scalar", is_full)
+    with pytest.raises(OptcpuError, match=r"cannot write metrics to .*No space left.*make room"):
+        log.add("train", 1, 0, {"loss": 0.5})
+    monkeypatch.setattr(log._writer, "close", is_full)
+    with pytest.warns(UserWarning, match="No space left"):  # what was trained is not lost for that
+        log.close()

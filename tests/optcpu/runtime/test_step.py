@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import pytest
@@ -173,6 +174,29 @@ def test_clipping_by_hand() -> None:
         assert all(p.grad is None for p in model.parameters())
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_clipping_has_the_bits_of_pytorchs(dtype: torch.dtype) -> None:
+    factors = []
+    for seed in range(20):
+        torch.manual_seed(seed)
+        mine, theirs = (nn.Linear(5, 3, dtype=dtype) for _ in range(2))
+        theirs.load_state_dict(mine.state_dict())
+        gradients = [torch.randn_like(p) for p in mine.parameters()]
+        for model in (mine, theirs):
+            for parameter, gradient in zip(model.parameters(), gradients, strict=True):
+                parameter.grad = gradient.clone()
+        limit = float(torch.rand(())) * 6
+        runner = _runner(mine, max_grad_norm=limit)
+        norm = runner.gradient_norm(_collect([(torch.ones(1, 5), torch.zeros(1, dtype=int))]))
+        factors.append(limit / (norm or math.inf))
+        runner.update(norm)
+        torch.nn.utils.clip_grad_norm_(theirs.parameters(), limit)
+        torch.optim.SGD(theirs.parameters(), lr=0.5).step()
+        for one, other in zip(mine.parameters(), theirs.parameters(), strict=True):
+            assert torch.equal(one, other)
+    assert min(factors) < 1 < max(factors)
+
+
 def test_a_loss_that_is_no_number_makes_the_step_bad() -> None:
     model, batches = _parts([2, 2])
     batches[1][0][0, 0] = float("nan")
@@ -199,8 +223,12 @@ def test_a_gradient_that_is_no_number_makes_the_step_bad_where_it_is_looked_at()
 
 def test_what_is_no_loss_is_told() -> None:
     model, batches = _parts([2])
-    for loss, told in ((lambda o, b: o, r"\(2, 3\)"), (lambda o, b: 3.0, "float")):
-        with pytest.raises(TypeError, match=f"the loss must be a tensor with one number.*{told}"):
+    for loss, told in (
+        (lambda o, b: o, r"\(2, 3\)"),
+        (lambda o, b: 3.0, "float"),
+        (lambda o, b: o.sum() * 1j, "complex64"),
+    ):
+        with pytest.raises(TypeError, match=f"the loss must be .* one real number.*{told}"):
             _runner(model, loss).run_micro_batch(_collect(list(batches)))
 
 

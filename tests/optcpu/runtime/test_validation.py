@@ -182,6 +182,28 @@ def torchmetrics_accuracy() -> Any:
     return torchmetrics.Accuracy(task="multiclass", num_classes=3, average="micro")
 
 
+def test_torchmetrics_count_what_one_process_has_seen(monkeypatch: pytest.MonkeyPatch) -> None:
+    """In several processes each goes through all data: nothing is to be added up."""
+    torchmetrics = pytest.importorskip("torchmetrics")
+    monkeypatch.setattr(torch.distributed, "is_available", lambda: True)
+    monkeypatch.setattr(torch.distributed, "is_initialized", lambda: True)
+    monkeypatch.setattr(torch.distributed, "get_world_size", lambda group=None: 2)
+    metric = torchmetrics.MetricCollection({"inner": torchmetrics_accuracy()})
+    (inner,) = metric.values()
+    asked = inner.distributed_available_fn
+    assert asked()
+    inner.dist_sync_fn = lambda *_, **__: pytest.fail("the other processes were asked")
+    metrics = {"all": metric}
+    model, data = nn.Identity(), [(torch.eye(3), torch.arange(3))]
+    assert validate(model, data, default_loss, metrics)["all.inner"] == 1
+    assert inner.distributed_available_fn is asked
+
+
+def test_a_class_is_no_metric() -> None:
+    with pytest.raises(TypeError, match=r"'acc' is the class Accuracy: give one of its objects"):
+        check_metrics({"acc": Accuracy})
+
+
 def test_a_collection_of_torchmetrics() -> None:
     torchmetrics = pytest.importorskip("torchmetrics")
     parts = {

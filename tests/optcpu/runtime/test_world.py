@@ -169,6 +169,44 @@ def test_gradients_have_the_same_dtype_in_all_processes(
     assert model.weight.grad.tolist() == [[1.0 if mine is None else 2.0] * 3] * 2
 
 
+@pytest.mark.parametrize("dtype", [torch.float64, torch.complex64, torch.complex128])
+def test_no_gradient_loses_bits_or_parts(
+    dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    parameter = torch.nn.Parameter(torch.zeros(3, dtype=dtype))
+    numbers = torch.tensor([1 + 2**-40, 2.0, 3.0], dtype=torch.float64).to(dtype)
+    numbers = numbers * (1 + 2j) if dtype.is_complex else numbers
+    parameter.grad = numbers.clone()
+    monkeypatch.setattr(torch.distributed, "all_reduce", lambda tensor: tensor.mul_(2))
+    World(0, 2).sum_gradients([parameter])
+    assert torch.equal(parameter.grad, 2 * numbers)
+
+
+def test_weights_of_every_kind_are_averaged(monkeypatch: pytest.MonkeyPatch) -> None:
+    """But for integers, which are not trained."""
+    count = torch.nn.Parameter(torch.tensor([2**24 + 1]), requires_grad=False)
+    weights = [torch.tensor([1 + 2**-40], dtype=torch.float64), torch.tensor([1 + 2j])]
+    monkeypatch.setattr(torch.distributed, "all_reduce", lambda tensor: tensor.mul_(4))
+    World(0, 2).average([count, *weights])
+    assert count.tolist() == [2**24 + 1]
+    assert weights[0].tolist() == [2 + 2**-39]
+    assert weights[1].tolist() == [2 + 4j]
+
+
+@pytest.mark.parametrize("dtype", [torch.int16, torch.uint32, torch.float8_e4m3fn, torch.bool])
+def test_buffers_of_every_dtype_are_shared(
+    dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def broadcast(tensor: torch.Tensor, src: int) -> None:
+        assert tensor.dtype == torch.uint8  # which can be sent
+        tensor.copy_(torch.ones(3, 2).to(dtype).t().contiguous().view(torch.uint8).reshape(-1))
+
+    monkeypatch.setattr(torch.distributed, "broadcast", broadcast)
+    buffer = torch.zeros(3, 2).to(dtype).t()
+    World(1, 2).share_from_first([buffer, torch.empty(0)])
+    assert (buffer.to(torch.float32) == 1).all()
+
+
 @pytest.mark.slow
 def test_two_processes_are_one_with_the_same_global_batch(tmp_path: Path) -> None:
     given: dict[str, Any] = {"epochs": 3, "optimizer": "sgd", "validation_data": None}

@@ -637,3 +637,33 @@ list(batches)
     done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True)
     assert done.stdout.split() == ["outlived"], done.stderr
     assert done.returncode != 0
+
+
+@pytest.mark.parametrize("how", ["persistent", "iterable", "trainer"])
+def test_a_program_with_workers_ends(how: str) -> None:
+    """Python tells them to by SIGTERM, and waits: they must not take that for a signal to the group."""
+    program = f"""
+import torch, optcpu
+from torch.utils.data import IterableDataset, TensorDataset
+from optcpu.runtime.data.loading import make_loader
+
+class Stream(IterableDataset):
+    def __iter__(self):
+        return iter(torch.randn(40, 4))
+
+if __name__ == "__main__":
+    samples = TensorDataset(torch.randn(40, 4), torch.randint(2, (40,)))
+    if {how!r} == "trainer":
+        settings = dict(compile=False, progress=False, batch_size=4, workers=1)
+        trainer = optcpu.Trainer(torch.nn.Linear(4, 2), samples, epochs=2, optimizer="sgd", **settings)
+        assert trainer.train().steps == 20
+        assert torch.multiprocessing.active_children() == []
+    loader = make_loader(samples if {how!r} == "persistent" else Stream(), 4, workers=1)
+    batches = iter(loader)
+    next(batches)
+    print("is done", flush=True)
+"""
+    done = subprocess.run(
+        [sys.executable, "-c", program], capture_output=True, text=True, timeout=100
+    )
+    assert (done.returncode, done.stdout) == (0, "is done\n"), done.stderr

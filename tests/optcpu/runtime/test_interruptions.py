@@ -1,0 +1,250 @@
+"""Interrupted elsewhere than in a step: in a validation, by a callback, half way through a micro-batch."""
+
+from __future__ import annotations
+
+import itertools
+import math
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.nn.functional import cross_entropy
+from torch.utils.data import DataLoader
+from training import assert_equal, small_data, small_model, small_trainer, tensors_of
+
+from optcpu import Trainer
+from optcpu.runtime import Callback
+
+
+class _Moves(nn.Module):
+    """What evaluation moves, too: a generator, a buffer, and what only an extra state tells of."""
+
+    calls: Tensor
+
+    def __init__(self, seed: int = 0) -> None:
+        super().__init__()
+        self.layers = small_model(seed)
+        self.helpers = [torch.Generator().manual_seed(seed)]
+        self.register_buffer("calls", torch.zeros(()))
+        self.count = 0
+
+    def forward(self, x: Tensor) -> Tensor:
+        self.calls += 1
+        self.count += 1
+        noise = torch.randn(x.shape, generator=self.helpers[0])
+        scale = 1 + 0.1 * self.calls.sin() + 0.1 * math.cos(self.count)
+        result: Tensor = self.layers(x + 0.1 * noise) * scale
+        return result
+
+    def get_extra_state(self) -> Tensor:
+        return torch.tensor(self.count)
+
+    def set_extra_state(self, state: Tensor) -> None:
+        self.count = int(state)
+
+
+class _Interrupts:
+    """A metric, or a loss, that stops the run or raises, once."""
+
+    def __init__(self, at: int, trainers: list[Trainer], raises: bool) -> None:
+        self._left, self._trainers, self._raises = at, trainers, raises
+
+    def __call__(self, output: Tensor, batch: Any) -> Tensor:
+        self._left -= 1
+        if self._left == 0 and self._raises:
+            raise OSError("once")
+        if self._left == 0:
+            self._trainers[-1].stop()
+        return cross_entropy(output, batch[-1])
+
+
+def _interrupted(trainer: Trainer, *, raises: bool) -> None:
+    if raises:
+        with pytest.raises(OSError, match="once"):
+            trainer.train()
+    else:
+        assert trainer.train().stopped_by == "stop()"
+
+
+@pytest.mark.parametrize("raises", [False, True])
+@pytest.mark.parametrize("at", [2, 5])
+def test_in_a_validation(tmp_path: Path, raises: bool, at: int) -> None:
+    def trainer(seed: int = 0, metric: Any = cross_entropy_of, **given: Any) -> Trainer:
+        validation = DataLoader(
+            small_data(10), 4, shuffle=True, generator=torch.Generator().manual_seed(seed)
+        )
+        return small_trainer(
+            _Moves(seed), validation_data=validation, metrics={"metric": metric}, **given
+        )
+
+    whole = trainer()
+    expected = whole.train()
+    made: list[Trainer] = []
+    made.append(trainer(metric=_Interrupts(at, made, raises), checkpoints=tmp_path))
+    _interrupted(made[0], raises=raises)
+    resumed = trainer(seed=9, checkpoints=tmp_path)
+    assert resumed.train().metrics == expected.metrics
+    assert_equal(tensors_of(resumed), tensors_of(whole))
+
+
+def cross_entropy_of(output: Tensor, batch: Any) -> Tensor:
+    return cross_entropy(output, batch[-1])
+
+
+@pytest.mark.parametrize("raises", [False, True])
+@pytest.mark.parametrize("at", [6, 7])
+def test_in_a_micro_batch(tmp_path: Path, raises: bool, at: int) -> None:
+    whole = small_trainer(_Moves(), loss=cross_entropy_of)
+    whole.train()
+    made: list[Trainer] = []
+    loss = _Interrupts(at, made, raises)
+    made.append(small_trainer(_Moves(), loss=loss, checkpoints=tmp_path))
+    _interrupted(made[0], raises=raises)
+    resumed = small_trainer(_Moves(9), loss=cross_entropy_of, checkpoints=tmp_path)
+    resumed.train()
+    assert_equal(tensors_of(resumed), tensors_of(whole))
+
+
+def test_a_skipped_step_leaves_no_trace_in_an_extra_state() -> None:
+    model, calls = _Moves(), itertools.count(1)
+
+    def loss(output: Tensor, batch: Any) -> Tensor:
+        return cross_entropy(output, batch[-1]) * (math.nan if next(calls) == 6 else 1)
+
+    small_trainer(model, loss=loss, on_nan="skip").train()
+    assert model.count == 12 - 2  # the second step had two micro-batches
+
+
+class _NoisyLoss:
+    """A loss that is no module, with a generator."""
+
+    def __init__(self, seed: int) -> None:
+        self.generator = torch.Generator().manual_seed(seed)
+
+    def __call__(self, output: Tensor, batch: Any) -> Tensor:
+        noise = torch.randn(output.shape, generator=self.generator)
+        return cross_entropy(output + 0.1 * noise, batch[-1])
+
+
+class _Langevin(torch.optim.SGD):
+    """An optimizer with a generator."""
+
+    def __init__(self, parameters: Any, seed: int) -> None:
+        super().__init__(parameters, lr=0.05)
+        self.generator = torch.Generator().manual_seed(seed)
+
+    def step(self, closure: Any = None) -> Any:
+        super().step()
+        with torch.no_grad():
+            for parameter in self.param_groups[0]["params"]:
+                parameter += 0.01 * torch.randn(parameter.shape, generator=self.generator)
+
+
+class _StopsAfterAnEpoch(Callback):
+    def on_epoch_end(self, trainer: Trainer) -> None:
+        trainer.stop()
+
+
+@pytest.mark.parametrize("part", ["loss", "optimizer"])
+def test_generators_of_other_parts(tmp_path: Path, part: str) -> None:
+    def trainer(seed: int = 0, **given: Any) -> Trainer:
+        model = small_model(seed)
+        if part == "loss":
+            given["loss"] = _NoisyLoss(seed)
+        else:
+            given |= {"optimizer": _Langevin(model.parameters(), seed), "lr": None}
+        return small_trainer(model, **given)
+
+    whole = trainer()
+    whole.train()
+    trainer(checkpoints=tmp_path, callbacks=[_StopsAfterAnEpoch()]).train()
+    resumed = trainer(seed=9, checkpoints=tmp_path)
+    resumed.train()
+    assert_equal(tensors_of(resumed), tensors_of(whole))
+
+
+class _Thaws(Callback):
+    """Trains the first layer from the second epoch on."""
+
+    def __init__(self, *, stops: bool = False) -> None:
+        self._stops = stops
+
+    def on_epoch_end(self, trainer: Trainer) -> None:
+        trainer.model[0].requires_grad_(True)  # type: ignore[index, operator]
+        if self._stops:
+            trainer.stop()
+
+
+def test_what_is_trained_goes_on(tmp_path: Path) -> None:
+    def trainer(seed: int = 0, *, stops: bool = False, **given: Any) -> Trainer:
+        model = small_model(seed)
+        model[0].requires_grad_(False)  # type: ignore[index, operator]
+        optimizer = torch.optim.SGD(model.parameters(), lr=0.05)
+        thaws = _Thaws(stops=stops)
+        return small_trainer(model, optimizer=optimizer, lr=None, callbacks=[thaws], **given)
+
+    whole = trainer()
+    before = whole.model[0].weight.detach().clone()  # type: ignore[index, union-attr]
+    whole.train()
+    assert not torch.equal(before, whole.model[0].weight)  # type: ignore[index, arg-type]
+    trainer(stops=True, checkpoints=tmp_path).train()
+    resumed = trainer(seed=9, checkpoints=tmp_path)
+    resumed.train()
+    assert_equal(tensors_of(resumed), tensors_of(whole))
+
+
+class _Hears(Callback):
+    """Counts what it is told, as far as a checkpoint knows."""
+
+    def __init__(self) -> None:
+        self.heard: dict[str, int] = {}
+
+    def _hear(self, event: str) -> None:
+        self.heard[event] = self.heard.get(event, 0) + 1
+
+    def on_step_end(self, trainer: Trainer, metrics: dict[str, float]) -> None:
+        assert metrics["loss"] > 0
+        self._hear("step")
+
+    def on_epoch_end(self, trainer: Trainer) -> None:
+        self._hear("epoch")
+
+    def on_validation_end(self, trainer: Trainer, metrics: dict[str, float]) -> None:
+        assert metrics["loss"] > 0
+        self._hear("validation")
+
+    def state_dict(self) -> dict[str, Any]:
+        return dict(self.heard)
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        self.heard = dict(state)
+
+
+class _Fails(_Hears):
+    """Raises once, when it is told of a certain event for the second time (a validation: the first)."""
+
+    def __init__(self, event: str | None) -> None:
+        super().__init__()
+        self._event = event
+
+    def _hear(self, event: str) -> None:
+        super()._hear(event)
+        if event == self._event and self.heard[event] == (1 if event == "validation" else 2):
+            raise OSError("once")
+
+
+@pytest.mark.parametrize("event", ["step", "epoch", "validation"])
+def test_callbacks_behind_one_that_fails_are_told_once(tmp_path: Path, event: str) -> None:
+    def callbacks(fails: str | None) -> list[Callback]:
+        return [_Hears(), _Fails(fails), _Hears()]
+
+    given: dict[str, Any] = {"validation_data": small_data(10), "checkpoints": tmp_path}
+    failing = small_trainer(callbacks=callbacks(event), **given)
+    with pytest.raises(OSError, match="once"):
+        failing.train()
+    resumed = callbacks(None)
+    small_trainer(callbacks=resumed, **given).train()
+    expected = {"step": 4, "epoch": 2, "validation": 2}
+    assert [callback.state_dict() for callback in resumed] == [expected] * 3
