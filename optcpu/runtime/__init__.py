@@ -8,7 +8,7 @@ from optcpu.runtime.data.datasets import SyntheticDataset
 from optcpu.runtime.data.tokens import TokenDataset, tokenize_files
 from optcpu.runtime.freezing.freezer import DynamicFreezer
 from optcpu.runtime.jobs import Job
-from optcpu.runtime.loop import TrainingDiverged
+from optcpu.runtime.saving import TrainingDiverged
 from optcpu.runtime.trainer import Trainer, TrainingResult
 
 __all__ = [

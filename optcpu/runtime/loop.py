@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 import time
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any, cast
@@ -22,27 +21,19 @@ from optcpu.runtime.monitors import check_results
 from optcpu.runtime.options import TrainerOptions
 from optcpu.runtime.report import Reporter
 from optcpu.runtime.run import Run
+from optcpu.runtime.saving import Saver, TrainingDiverged
 from optcpu.runtime.signals import StopRequest
 from optcpu.runtime.step import (
     MicroBatches,
     StepRunner,
     buffers_of,
     collect,
-    not_finite,
-    trained_parameters,
 )
 from optcpu.runtime.stopping import is_better
 from optcpu.runtime.validation import Metric, validate
 
-logger = logging.getLogger("optcpu.trainer")
-
-
 _MANY_SHAPES = 4
 _MOST_DATA_STOPS = 3  # until processes that make steps by themselves have met, and can stop
-
-
-class TrainingDiverged(OptcpuError):
-    """The loss or the gradient is not finite, and the run is not to go on."""
 
 
 class _DataStopped(OptcpuError):
@@ -86,14 +77,12 @@ class Loop:
     ) -> None:
         self._run, self._options, self._runner = run, options, runner
         self._validation, self._metrics = validation, metrics
-        self._folder, self._log, self._display = folder, log, display
+        self._log, self._display = log, display
         self._size_of, self._trainer = size_of, trainer
         self._stop = stop
         self._before: dict[str, Any] | None = None  # of the step in progress
         self._updating = False
-        self._saved = run.position.step  # the step of the last checkpoint, written or loaded
-        self._changed = False  # anything since then
-        self._found_better = False
+        self.saver = Saver(run, options, runner, folder, display, trainer)
         self._data_stops = 0
         self._shapes: set[tuple[tuple[int, ...], ...]] = set()  # of what was compiled
         self._regions = 0  # of the model's code that were compiled, as far as is known
@@ -113,7 +102,8 @@ class Loop:
             try:
                 return self._go()
             except Exception as error:
-                self._rescue(error)
+                if not self._updating:
+                    self.saver.rescue(error, self._before)
                 raise
 
     def _go(self) -> str | None:
@@ -121,13 +111,13 @@ class Loop:
         while True:
             if self._validation_is_due():
                 self.validate()
-            self._save_if_due()
+            self.saver.save_if_due(ended=self._ended())
             if self._ended() and not self._validation_is_due():  # else that was interrupted
                 self._runner.meet()
-                self._refuse_broken_weights()
+                self.saver.refuse_broken_weights()
                 return None
             if self._stopped() and self._runner.has_met:
-                self._save("stopped")
+                self.saver.save("stopped")
                 return self._stop.by or "another process"
             try:
                 step = self._run.pending or self.draw()
@@ -142,16 +132,13 @@ class Loop:
         """Do what an error has left to do about the step that a run goes on behind."""
         if self._run.position.untold is not None:
             tell_the_rest(self._run, self._trainer)
-            self._changed = True
-            self._saved = -1
+            self.saver.has_finished_late()
         if self._run.position.unfinished is not None:
             rate = float(self._run.optimizer.param_groups[0]["lr"])
-            self._run.position.unfinished["told"].setdefault(
-                "lr", rate
-            )  # older checkpoints lack it
+            told = self._run.position.unfinished["told"]
+            told.setdefault("lr", rate)  # older checkpoints lack it
             self._finisher.follow(late=True)
-            self._changed = True
-            self._saved = -1  # a checkpoint that is due here is another one now
+            self.saver.has_finished_late()
         self._finisher.tell()
 
     def draw(self) -> MicroBatches | None:
@@ -210,7 +197,7 @@ class Loop:
         position.samples += samples
         position.epoch_ended = False
         self._finisher.begin(self._mean_loss(step), norm, samples, made=step.bad is None)
-        self._before, self._changed, self._updating = None, True, False
+        self._before, self._updating, self.saver.changed = None, False, True
         self._finisher.follow()
         phase = "compile" if self._has_compiled() else "step"
         run.clock.add(phase, time.perf_counter() - started)
@@ -251,11 +238,7 @@ class Loop:
         if options.on_nan == "skip":
             self._display.message(f"{where}: the step is skipped")
             return
-        assert self._folder is not None
-        # Where a stop has left a newer one, it is not what a run without the stop goes back to.
-        path = self._folder.path_of(position.regular_save)
-        checkpoint = self._folder.load(path if path.exists() else None)
-        assert checkpoint is not None
+        checkpoint = self.saver.last_regular()
         rates = [group["lr"] for group in run.optimizer.param_groups]
         run.load_weights(checkpoint.state)
         for group, rate in zip(run.optimizer.param_groups, rates, strict=True):
@@ -267,7 +250,7 @@ class Loop:
         if run.position.epoch_ended:
             raise OptcpuError("the training data are empty: give at least one batch")
         run.position.epoch += 1
-        run.position.epoch_ended = self._changed = True
+        run.position.epoch_ended = self.saver.changed = True
         run.feed.next_epoch()
         tell(run, self._trainer, "on_epoch_end")
 
@@ -329,7 +312,8 @@ class Loop:
             self._log.add("validation", position.step, position.epoch, results)
         if isinstance(run.scheduler, ReduceLROnPlateau):
             step_scheduler(run, results["loss"])
-        position.validated, position.metrics, self._changed = position.step, results, True
+        position.validated, position.metrics = position.step, results
+        self.saver.changed = True
         if run.stopper is not None:
             position.stop_reason = run.stopper.reason_to_stop(results)
         self._note_best(results)
@@ -345,76 +329,7 @@ class Loop:
             position.best, position.best_of = None, watched
         if is_better(results[options.best], position.best, options.mode):
             position.best = results[options.best]
-            self._found_better = True
-
-    def _save_if_due(self) -> None:
-        if self._folder is None or not self._changed:
-            return
-        on_time = self._is_time_to_save() and self._run.position.step != self._saved
-        if on_time or self._found_better or self._ended():
-            self._save("on time")
-
-    def _is_time_to_save(self) -> bool:
-        every, position = self._options.checkpoint_interval, self._run.position
-        return position.epoch_ended if every is None else position.step % every == 0
-
-    def save_first(self) -> None:
-        """Write a checkpoint to roll back to, where there is none yet."""
-        if self._folder is not None and not self._folder.list():
-            self._save("first")
-
-    def _save(self, why: str, *, alone: bool = False) -> None:
-        run, position = self._run, self._run.position
-        if self._folder is None:
-            return
-        self._display.phase("checkpoint")
-        with run.clock.measure("checkpoint"):
-            if not alone:
-                self._runner.meet()
-            self._refuse_broken_weights()
-            if why in ("on time", "first") or self._is_time_to_save():
-                position.regular_save = position.step
-            state = run.state_dict(alone=alone)
-            if run.world.first:
-                keep = position.regular_save if self._options.on_nan == "rollback" else None
-                path = self._folder.save(state, position.step, self._found_better, keep)
-                logger.debug("checkpoint (%s): %s", why, path)
-            self._saved, self._changed, self._found_better = position.step, False, False
-            if run.world.first:
-                for callback in run.callbacks:
-                    callback.on_checkpoint(self._trainer, path)
-
-    def _refuse_broken_weights(self) -> None:
-        """A checkpoint that cannot be trained on must not take the place of one that can."""
-        name = not_finite(trained_parameters(self._run.model, self._run.loss))
-        if name is not None:
-            unsaved = "" if self._folder is None else ", and no checkpoint of them is written"
-            raise TrainingDiverged(
-                f"after step {self._run.position.step} the weights of {name!r} are not finite"
-                f"{unsaved}: lower the learning rate, clip with max_grad_norm, or look at the data"
-            )
-
-    def _rescue(self, error: Exception) -> None:
-        """Save what is trained so far, as it was before the step that failed."""
-        run = self._run
-        if self._folder is None or self._updating or not run.world.first or not self._changed:
-            return
-        if run.world.size > 1 and (self._options.local_steps is not None or self._folder.list()):
-            return  # what the others know is not here: the newest checkpoint is gone on from exactly
-        if self._before is not None:
-            self._runner.forget_gradients()
-            run.buffers.put_back()
-            run.pending = MicroBatches([], self._before, 0)  # none of them is used
-        try:
-            self._save("rescue", alone=True)
-        except Exception as problem:  # the first error is the one to tell
-            logger.warning(
-                "the state of step %s could not be saved: %s", run.position.step, problem
-            )
-        else:
-            self._display.message(
-                f"step {run.position.step} is saved; then: {type(error).__name__}"
-            )
+            self.saver.found_better = True
 
     def _has_compiled(self) -> bool:
         """Whether anything was compiled since this was asked before."""

@@ -292,7 +292,7 @@ class Trainer:
                 ):
                     display.message("its step has other micro-batches now and is begun anew")
             if options.on_nan == "rollback":
-                loop.save_first()
+                loop.saver.save_first()
             for callback in self._callbacks:
                 callback.on_train_begin(self)
             if saved is None and folder is not None:
