@@ -27,15 +27,17 @@ from torch._inductor.compile_fx import compile_fx, compile_fx_inner
 from torch._inductor.custom_graph_pass import CustomGraphPass
 from torch._inductor.decomposition import select_decomp_table
 from torch._inductor.fx_passes.post_grad import view_to_reshape
+from torch.fx._lazy_graph_module import _LazyGraphModule
 
 import passes
 from optcpu import cpp_ahead, random_numbers
+from optcpu.checks import check_flag
 from optcpu.composites import take_replaced_apart
 from optcpu.errors import CompileError, FallbackWarning, warn
 from optcpu.optim.weights import StoredWeight
 from optcpu.pipeline import Pipeline, default_passes, resolve_precision
 from optcpu.record import Fallback, GraphKind, GraphRun, Record, copy_graph
-from optcpu.remedies import DEPENDS_ON_DATA, first_line, remedy_for
+from optcpu.remedies import DEPENDS_ON_DATA, cause_of, first_line, remedy_for
 from passes.indices import place_of
 
 logger = logging.getLogger(__name__)
@@ -156,7 +158,7 @@ class Backend:
 
     def fell_back(self, part: str, error: Exception) -> None:
         """Note and warn that ``part`` runs eagerly; raise instead where fallbacks are forbidden."""
-        cause = getattr(error, "inner_exception", None) or error
+        cause = cause_of(error)
         if isinstance(cause, CompileError):
             raise cause  # told already, further in
         problem = f"{part} is not compiled"
@@ -334,7 +336,9 @@ def _boxed(module: fx.GraphModule) -> Callable[..., Any]:
     view_to_reshape(module)
     random_numbers.make_of_seeds(module.graph)
     module.recompile()
-    return make_boxed_func(module)  # type: ignore[no-any-return]
+    _LazyGraphModule.force_recompile(module)  # what is lazy calls the module the first time
+    # Not the module itself, as that runs the hooks that a user has given to all modules.
+    return make_boxed_func(module.forward)  # type: ignore[no-any-return]
 
 
 def _allow_backward_again(outputs: Sequence[Any]) -> bool:
@@ -387,6 +391,7 @@ def optcpu_backend(
         mode: not used by this backend.
 
     Raises:
+        TypeError: ``fallback`` is neither True nor False.
         ValueError: an option or the mode is unknown.
     """
     if mode not in (None, "default"):
@@ -398,6 +403,7 @@ def optcpu_backend(
             f"backend 'optcpu' has no option {sorted(unknown)[0]!r}; "
             "it takes 'precision', 'passes' and 'fallback'"
         )
+    check_flag("fallback", settings["fallback"])
     chosen = settings["passes"]
     if chosen is None:
         chosen = default_passes(resolve_precision(settings["precision"]))

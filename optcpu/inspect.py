@@ -12,11 +12,12 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_flatten_with_path
 
 import passes as p
+from optcpu.checks import check_model
 from optcpu.inspection.build import modules_of, regions_of
 from optcpu.inspection.result import Inspection
 from optcpu.inspection.run import Observation, observe
 from optcpu.layout import layouts
-from optcpu.optimize import Settings, _check_model, compiled_call, unwrapped
+from optcpu.optimize import Settings, compiled_call, unwrapped
 from optcpu.pipeline import Pipeline, default_passes, resolve_precision
 from optcpu.record import Fallback
 from passes.base import Rewrite
@@ -62,7 +63,7 @@ def inspect(
             or ``precision`` is unknown.
     """
     model = unwrapped(model)
-    _check_model(model)
+    check_model(model)
     if loss is not None and not callable(loss):
         raise TypeError(f"loss must be a function of the model's output, not {_typename(loss)}")
     names = _argument_names(model, inputs, kwargs)

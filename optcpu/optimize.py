@@ -10,14 +10,17 @@ from typing import Any, TypeVar, overload
 import torch
 from torch import nn
 from torch._dynamo.exc import TorchDynamoException
+from torch.compiler import is_dynamo_compiling
 from torch.nn.parallel import DistributedDataParallel
 from torch.optim import Optimizer
 
 import passes as p
 from optcpu import cpp_ahead
 from optcpu.backend import Backend
+from optcpu.checks import check_flag, check_model, checked_share
 from optcpu.cpu import capabilities
 from optcpu.errors import OptcpuError, warn
+from optcpu.hooks import hooks_of, hooks_of_all_modules, hooks_registered, with_hooks_guarded
 from optcpu.layout import Layout, checked_layout, keep_packed
 from optcpu.memory import reuse_memory
 from optcpu.optim.storing import restore_weights
@@ -152,25 +155,26 @@ def optimize(
         ``model`` itself, or ``(model, optimizer)`` if an optimizer was given.
 
     Raises:
-        TypeError: ``model`` is no module, ``optimizer`` no optimizer, or an entry of ``passes`` no pass.
+        TypeError: ``model`` is no module, ``optimizer`` no optimizer, an entry of ``passes`` no pass,
+            ``activation_memory`` no number, or a flag none.
         ValueError: a parameter is not on the CPU, not FP32, or not finite; ``precision``, ``weights``,
             ``state_dtype`` or ``layout`` is unknown; ``activation_memory`` does not lie between 0 and 1.
         OptcpuError: the model was optimized before with other settings, or ``layout`` is ``"ipex"``
             and the extension cannot be used here.
     """
     wrapped, model = model, unwrapped(model)
-    _check_model(model)
+    check_model(model)
     if optimizer is not None and not isinstance(optimizer, Optimizer):
         raise TypeError(f"optimizer must be a torch.optim.Optimizer, not {_typename(optimizer)}")
     resolved = resolve_precision(precision)
     pipeline = Pipeline.of(default_passes(resolved) if passes is None else passes)
     storage = resolve_weights(weights, resolved)
     state_dtype = resolve_state_dtype(state_dtype, resolved)
-    if not 0 <= activation_memory <= 1:
-        raise ValueError(f"activation_memory must lie between 0 and 1, not {activation_memory!r}")
-    settings = Settings(
-        resolved, pipeline, fallback, dynamic, float(activation_memory), checked_layout(layout)
-    )
+    check_flag("fallback", fallback)
+    check_flag("keep_memory", keep_memory)
+    check_flag("dynamic", dynamic, or_none=True)
+    share = checked_share("activation_memory", activation_memory)
+    settings = Settings(resolved, pipeline, fallback, dynamic, share, checked_layout(layout))
     present = compiled_call(model)
     if present is not None and present.settings != settings:
         raise OptcpuError(
@@ -255,6 +259,9 @@ class CompiledCall:
         self._with_loss: dict[int, CompiledCall] = {}
         self._needs_autocast = needs_autocast(model, settings.precision)
         self._given_up = False
+        self._hooks: set[int] | None = None  # looked for with the first call
+        self._hooks_looked_for_at = -1
+        self._guards_hooks = self._told_of_hooks = False
         cpp_ahead.prepare_compiler()  # in a thread, until the first call needs it
         self.compile_anew()
 
@@ -270,6 +277,8 @@ class CompiledCall:
         )
         if self._needs_autocast:
             self._compiled = under_autocast(self._compiled)
+        if self._guards_hooks:
+            self._compiled = with_hooks_guarded(self._compiled)
         for call in self._with_loss.values():
             call.compile_anew()
 
@@ -291,8 +300,14 @@ class CompiledCall:
         return self.backend.record
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        if self._given_up:
+        # In a graph that is captured from further out, with the loss say, the model is a part of it.
+        if self._given_up or is_dynamo_compiling():
             return self._eager(*args, **kwargs)
+        if hooks_of_all_modules():
+            self._tell_of_hooks_of_all_modules()
+            return self._eager(*args, **kwargs)
+        if not self._guards_hooks and hooks_registered() != self._hooks_looked_for_at:
+            self._look_for_hooks()
         run_before = self.backend.parts_run
         if self._stored is None:
             self._stored = [p for p in self._model.parameters() if isinstance(p, StoredWeight)]
@@ -312,6 +327,23 @@ class CompiledCall:
         self.backend.fell_back("the model", failure)
         self._given_up = True
         return result
+
+    def _look_for_hooks(self) -> None:
+        """Compile anew once there are hooks that what is compiled may not have.
+
+        From then on Dynamo looks for hooks with every call. That takes up to a third of the time of a
+        call, which a model whose hooks stay what they are does not spend.
+        """
+        before, self._hooks = self._hooks, hooks_of(self._model)
+        self._hooks_looked_for_at = hooks_registered()
+        if before is not None and self._hooks - before:
+            self._guards_hooks = True
+            self.compile_anew()
+
+    def _tell_of_hooks_of_all_modules(self) -> None:
+        if not self._told_of_hooks:
+            self.backend.fell_back("the model", RuntimeError("there are hooks of all modules"))
+            self._told_of_hooks = True
 
     def _tell_why_nothing_ran(self) -> None:
         """Dynamo gives up whole functions without an error, and notes why.
@@ -351,29 +383,6 @@ def _own_frame(function: Callable[..., Any]) -> Callable[..., Any]:
 
     call.__code__ = call.__code__.replace()
     return call
-
-
-def _check_model(model: object) -> None:
-    if not isinstance(model, nn.Module):
-        raise TypeError(f"model must be a torch.nn.Module, not {_typename(model)}")
-    for name, parameter in model.named_parameters():
-        if isinstance(parameter, nn.parameter.UninitializedParameter):
-            continue
-        if parameter.device.type != "cpu":
-            raise ValueError(
-                f"parameter {name!r} is on {parameter.device}; optcpu trains on the CPU: "
-                "call model.cpu() first"
-            )
-        if parameter.is_floating_point() and parameter.dtype != torch.float32:
-            raise ValueError(
-                f"parameter {name!r} is {parameter.dtype}; optcpu keeps FP32 master weights and makes "
-                "lower precisions itself: call model.float() first"
-            )
-        if not torch.isfinite(parameter.detach()).all():
-            raise ValueError(
-                f"parameter {name!r} holds NaN or infinity; such a model cannot be trained: "
-                "initialise it again or load an earlier checkpoint"
-            )
 
 
 def _typename(thing: object) -> str:

@@ -4,15 +4,16 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
 
-from torch import fx
+from torch import Tensor, fx
+from torch.utils._pytree import tree_leaves
 
 import passes as p
 from optcpu.cpu import capabilities
 from optcpu.record import GraphRun, PassRun, copy_graph
 from passes.base import Rewrite
-from passes.graph import fill_value, output_values
+from passes.graph import fill_value, output_values, value
 
 Precision = Literal["bf16", "fp32"]
 
@@ -110,8 +111,9 @@ class Pipeline:
     ) -> None:
         """Run the passes of one stage over ``module.graph`` in place.
 
-        A pass that raises, or that changes the shape or dtype of an output, is undone (by what came before
-        it being done again) and reported to ``on_failure``; the others still run.
+        A pass that raises, that changes the shape or dtype of an output, or that makes an operator's
+        arguments ones it cannot take, is undone (by what came before it being done again) and reported to
+        ``on_failure``; the others still run.
         """
         given = copy_graph(module.graph)
         done: list[p.Pass] = []
@@ -138,12 +140,27 @@ class Pipeline:
 def _run_pass(step: p.Pass, graph: fx.Graph) -> int:
     """How often ``step`` fired; raises if it breaks ``graph``."""
     outputs = output_values(graph)
+    # Passes of optcpu keep values right; to look after them would take time in every compilation.
+    calls = None if _is_own(step) else {node: _call(node) for node in graph.nodes}
     fired = _checked_count(step(graph))
     graph.lint()
-    _fill_missing_values(graph)
+    if calls is None:
+        _fill_missing_values(graph)
+    else:
+        _fill_values_that_change(graph, calls)
     if not step.narrows_outputs and output_values(graph) != outputs:
         raise ValueError("the pass changed the shape or dtype of an output")
     return fired
+
+
+def _is_own(step: p.Pass) -> bool:
+    """Whether ``step`` is a pass of optcpu, not one that a user has written."""
+    of_users = isinstance(step, (p.FunctionPass, p.PatternPass))
+    return type(step).__module__.startswith("passes.") and not of_users
+
+
+def _call(node: fx.Node) -> tuple[Any, ...]:
+    return node.target, node.args, node.kwargs
 
 
 def _checked_count(fired: object) -> int:
@@ -157,3 +174,37 @@ def _fill_missing_values(graph: fx.Graph) -> None:
     for node in graph.nodes:
         if node.op == "call_function" and "val" not in node.meta:
             fill_value(node)
+
+
+def _fill_values_that_change(graph: fx.Graph, calls: dict[fx.Node, tuple[Any, ...]]) -> None:
+    """Compute ``meta["val"]`` of what a pass has put in or changed, and of all that follows from it.
+
+    Raises what an operator raises that cannot take its arguments.
+
+    Args:
+        graph: after the pass.
+        calls: what the nodes were before it.
+    """
+    changed: set[fx.Node] = set()
+    for node in graph.nodes:
+        if node.op != "call_function":
+            continue
+        inputs = node.all_input_nodes
+        is_same = calls.get(node) == _call(node) and changed.isdisjoint(inputs)
+        is_known = all(
+            "val" in given.meta for given in inputs
+        )  # not so of a graph within the graph
+        if "val" in node.meta and (is_same or not is_known):
+            continue
+        before = _kinds(value(node))
+        fill_value(node)
+        if _kinds(value(node)) != before:
+            changed.add(node)
+
+
+def _kinds(result: Any) -> list[Any]:
+    """The shape and dtype of all tensors that an operator gives."""
+    return [
+        (tuple(map(str, leaf.shape)), leaf.dtype) if isinstance(leaf, Tensor) else type(leaf)
+        for leaf in tree_leaves(result)
+    ]

@@ -13,6 +13,7 @@ DEPENDS_ON_DATA = (DataDependentOutputException, DynamicOutputShapeException)
 
 def remedy_for(error: BaseException) -> str:
     """What a user can do about an error of the compiler, in one clause."""
+    error = cause_of(error)
     text = f"{type(error).__name__} {error}"
     if "InvalidCxxCompiler" in text or "No working C++ compiler" in text:
         return "install a C++ compiler (for example the package g++) or name one in CXX"
@@ -23,6 +24,8 @@ def remedy_for(error: BaseException) -> str:
             "a size or a Python number depends on the data; torch.where(mask, value, x) in place of "
             "x[mask] = value, and nn.Embedding(sparse=False), avoid that"
         )
+    if "hooks of all modules" in text:
+        return "remove them when they are done, or register them with modules of the model"
     if "No space left" in text:
         return "free disk space, or set TORCHINDUCTOR_CACHE_DIR to another disk"
     if "CppCompileError" in text or "C++ compile error" in text:
@@ -32,6 +35,13 @@ def remedy_for(error: BaseException) -> str:
 
 def first_line(error: BaseException) -> str:
     """The kind of an error and the first line of what it says."""
-    cause = getattr(error, "inner_exception", None) or error
+    cause = cause_of(error)
     lines = [line for line in str(cause).splitlines() if line.strip()]
     return f"{type(cause).__name__}: {lines[0].strip()}" if lines else type(cause).__name__
+
+
+def cause_of(error: BaseException) -> BaseException:
+    """What went wrong, without what Dynamo and Inductor have put around it."""
+    while (inner := getattr(error, "inner_exception", None)) is not None:
+        error = inner
+    return error

@@ -141,10 +141,7 @@ def meet_ddp(weights: Iterable[StoredWeight]) -> None:
 def widen_gradients(weights: Iterable[StoredWeight]) -> None:
     """Let those weights have FP32 gradients from now on, where they have BF16 ones."""
     for weight in weights:
-        if hasattr(weight, "grad_dtype") and weight.grad_dtype is None:
-            gradient, weight.grad = weight.grad, None
-            weight.grad_dtype = weight.dtype
-            weight.grad = None if gradient is None else gradient.float()
+        weight.widen_gradient()
 
 
 @functools.cache

@@ -39,7 +39,9 @@ _HOPELESS = 2.0  # times slower than the fastest: not worth another round
 _BEATEN = 1.3  # times slower than the fastest: not worth another round where only the fastest is asked for
 _TIE = 1.05  # times this close to each other count as equal
 _SECONDS_PER_PRODUCT = 0.25
-_BUSY_SECONDS = 0.03  # for which another program may have the processor: longer than several short runs
+_BUSY_SECONDS = (
+    0.03  # for which another program may have the processor: longer than several short runs
+)
 _VECTOR = 16  # FP32 numbers in the longest vector register
 # A product is measured on a part of it that takes at least so many multiply-adds and bytes.
 _ENOUGH_WORK, _BEYOND_CACHES = 2**32, 2**25

@@ -98,9 +98,11 @@ def inherit_origin(node: fx.Node, origin: fx.Node) -> None:
 def fill_value(node: fx.Node) -> None:
     """Compute ``node.meta["val"]`` from the values of its arguments."""
     args, kwargs = tree_map_only(fx.Node, value, (node.args, node.kwargs))
+    # Views are compiled as reshapes, after passes that have changed strides.
+    target = aten.reshape.default if node.target is aten.view.default else node.target
     # PyTorch 2.8 needs the Python dispatcher where sizes are symbolic.
     with _fake_mode(node.graph) or contextlib.nullcontext(), enable_python_dispatcher():
-        node.meta["val"] = node.target(*args, **kwargs)  # type: ignore[operator]
+        node.meta["val"] = target(*args, **kwargs)  # type: ignore[operator]
 
 
 def _fake_mode(graph: fx.Graph) -> Any:

@@ -17,7 +17,9 @@ LAYERS: tuple[tuple[str, ...], ...] = (
     ("passes",),
     (
         "optcpu.errors",
+        "optcpu.checks",
         "optcpu.cpu",
+        "optcpu.hooks",
         "optcpu.memory",
         "optcpu.memory_order",
         "optcpu.random_state",

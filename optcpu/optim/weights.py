@@ -70,6 +70,13 @@ class StoredWeight(Tensor):
         format = Format.STOCHASTIC if self.low is None else Format.SPLIT
         return Stored(format, self.high, self.low, seed)
 
+    def widen_gradient(self) -> None:
+        """Have an FP32 gradient from now on, where it may be BF16."""
+        if hasattr(self, "grad_dtype") and self.grad_dtype is None:
+            gradient, self.grad = self.grad, None
+            self.grad_dtype = self.dtype
+            self.grad = None if gradient is None else gradient.float()
+
     def each_half(self, function: Callable[[Tensor], Tensor]) -> StoredWeight:
         """``function`` of both halves."""
         return StoredWeight(function(self.high), None if self.low is None else function(self.low))
@@ -90,7 +97,10 @@ class StoredWeight(Tensor):
     def __tensor_unflatten__(
         inner: dict[str, Tensor], meta: None, size: Sequence[int], stride: Sequence[int]
     ) -> StoredWeight:
-        return StoredWeight(inner["high"], inner.get("low"))
+        made = StoredWeight(inner["high"], inner.get("low"))
+        if isinstance(made.high, FakeTensor) and hasattr(made, "grad_dtype"):
+            made.grad_dtype = None  # PyTorch gives what it traces with the gradient, too: in BF16
+        return made
 
     def _stable_hash_for_caching(self) -> str:
         """All that code compiled for this tensor depends on: part of the key of PyTorch's cache."""
@@ -174,8 +184,11 @@ class StoredWeight(Tensor):
         """``result``, but without autograd a plain tensor where it is this one.
 
         Moving a module assigns the result to the parameter, as data if it is plain; a tensor like this
-        one PyTorch would swap, and refuse to once compiled code knows the parameter.
+        one PyTorch would swap, and refuse to once compiled code knows the parameter. On another device the
+        result becomes a new parameter, a plain one, which takes over a gradient of its own dtype alone.
         """
+        if result.device != self.device and not torch.is_grad_enabled():
+            self.widen_gradient()
         return self.full() if result is self and not torch.is_grad_enabled() else result
 
     def share_memory_(self) -> Tensor:

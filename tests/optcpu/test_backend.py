@@ -196,6 +196,7 @@ def test_the_name_of_the_backend() -> None:
     [
         ({"options": {"precison": "fp32"}}, "no option 'precison'"),
         ({"options": {"precision": "fp8"}}, "not 'fp8'"),
+        ({"options": {"fallback": "no"}}, "fallback must be True or False"),
         ({"mode": "max-autotune"}, "no mode 'max-autotune'"),
     ],
 )

@@ -169,6 +169,10 @@ def test_bad_models_are_refused_and_left_alone() -> None:
     [
         ({"precision": "fp8"}, ValueError, "'auto', 'bf16' or 'fp32', not 'fp8'"),
         ({"passes": ["relu"]}, TypeError, "not 'relu'"),
+        ({"activation_memory": "a"}, TypeError, "activation_memory must be a number.*not 'a'"),
+        ({"dynamic": "yes"}, TypeError, "dynamic must be True, False or None, not 'yes'"),
+        ({"fallback": "no"}, TypeError, "fallback must be True or False, not 'no'"),
+        ({"keep_memory": None}, TypeError, "keep_memory must be True or False, not None"),
         ({"optimizer": "adam"}, TypeError, "must be a torch.optim.Optimizer, not str"),
     ],
 )

@@ -11,7 +11,7 @@ from optcpu.backend import Backend
 from optcpu.pipeline import Pipeline, resolve_precision
 from optcpu.record import Record
 from passes import CancelCasts, Canonicalize, InsertCasts
-from passes.graph import aten, calls, cast
+from passes.graph import aten, calls, cast, convert, dtype, emit
 
 
 def relu_network() -> nn.Sequential:
@@ -37,6 +37,19 @@ def leaves_an_invalid_graph(graph: fx.Graph) -> int:
     with graph.inserting_before(first):
         late = graph.call_function(aten.neg.default, (output.args[0][0],))
     late.meta["val"] = output.args[0][0].meta["val"]
+    return 1
+
+
+def gives_another_shape(graph: fx.Graph) -> int:
+    """Where somebody reads it: the graph's outputs stay what they are."""
+    (relu,) = calls(graph, aten.relu.default)
+    relu.target = aten.sum.default
+    return 1
+
+
+def puts_in_what_raises(graph: fx.Graph) -> int:
+    (relu,) = calls(graph, aten.relu.default)
+    relu.target = lambda x: x / (1 // 0)
     return 1
 
 
@@ -71,7 +84,16 @@ def test_the_key_depends_on_the_passes_and_their_order() -> None:
     assert Pipeline.of([Canonicalize()]).cache_key() == Pipeline.of([Canonicalize()]).cache_key()
 
 
-@pytest.mark.parametrize("broken", [raises, narrows_an_output, leaves_an_invalid_graph])
+@pytest.mark.parametrize(
+    "broken",
+    [
+        raises,
+        narrows_an_output,
+        leaves_an_invalid_graph,
+        gives_another_shape,
+        puts_in_what_raises,
+    ],
+)
 def test_a_failing_pass_is_undone_and_told_once(broken: object) -> None:
     model, x = relu_network(), torch.randn(3, 8)
     record = Record()
@@ -134,6 +156,54 @@ def test_values_that_a_pass_forgot_are_filled_in() -> None:
     model, x = relu_network(), torch.randn(3, 8)
     backend = Backend(Pipeline.of([forgetful]), fallback=False, codegen=False)
     torch.testing.assert_close(torch.compile(model, backend=backend)(x), model(x))
+
+
+def test_values_that_follow_from_a_pass_are_computed_anew() -> None:
+    """Here of two operators that the pass leaves alone; the view is one that compiled code can take."""
+    seen: list[object] = []
+
+    def lowers(graph: fx.Graph) -> int:
+        (relu,) = calls(graph, aten.relu.default)
+        with graph.inserting_before(relu):
+            turned = cast(relu, relu.args[0], torch.bfloat16)  # type: ignore[arg-type]
+        relu.replace_input_with(relu.args[0], turned)  # type: ignore[arg-type]
+        (view,) = calls(graph, aten.view.default)
+        (wide,) = (user for user in view.users if user.op == "call_function")
+        with graph.inserting_before(wide):
+            wide.replace_input_with(view, emit(view, convert, view, torch.float32))
+        return 1
+
+    def looks(graph: fx.Graph) -> int:
+        seen.extend(dtype(node) for node in calls(graph, aten.relu.default, aten.view.default))
+        return 0
+
+    class Flat(nn.Module):
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return x.relu().view(-1).exp()
+
+    backend = Backend(Pipeline.of([lowers, looks]), fallback=False, codegen=False)
+    x = torch.randn(3, 8)
+    torch.testing.assert_close(
+        torch.compile(Flat(), backend=backend)(x), x.bfloat16().relu().flatten().float().exp()
+    )
+    assert seen == [torch.bfloat16, torch.bfloat16]
+
+
+def test_a_pass_may_change_strides_before_a_view() -> None:
+    def turns(graph: fx.Graph) -> int:
+        (view,) = calls(graph, aten.view.default)
+        (given,) = view.all_input_nodes
+        with graph.inserting_before(view):
+            turned = emit(given, aten.clone.default, emit(given, aten.t.default, given))
+            view.replace_input_with(given, emit(given, aten.t.default, turned))
+        return 1
+
+    def flat(x: torch.Tensor) -> torch.Tensor:
+        return x.relu().view(-1)
+
+    backend = Backend(Pipeline.of([turns]), fallback=False, codegen=False)
+    x = torch.randn(3, 8)
+    torch.testing.assert_close(torch.compile(flat, backend=backend)(x), flat(x))
 
 
 @pytest.mark.parametrize("given", ["abc", Canonicalize(), 3])

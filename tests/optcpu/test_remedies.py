@@ -17,11 +17,18 @@ from optcpu.remedies import first_line, remedy_for
         (OSError(28, "No space left on device"), "free disk space"),
         (RuntimeError("No working C++ compiler found in clang++, g++"), "install a C++ compiler"),
         (DynamicOutputShapeException(torch.ops.aten.nonzero.default), "torch.where"),
+        (RuntimeError("there are hooks of all modules"), "modules of the model"),
         (KeyError("x"), "optcpu.inspect"),
     ],
 )
 def test_remedies(error: Exception, remedy: str) -> None:
     assert remedy in remedy_for(error)
+
+
+def test_the_remedy_is_one_for_the_cause() -> None:
+    outer = RuntimeError("outer")
+    outer.inner_exception = PermissionError(13, "Permission denied")  # type: ignore[attr-defined]
+    assert "TORCHINDUCTOR_CACHE_DIR" in remedy_for(outer)
 
 
 def test_the_first_line_names_the_cause() -> None:

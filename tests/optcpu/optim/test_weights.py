@@ -309,6 +309,34 @@ def test_hooks_and_marks_of_users_stay() -> None:
     assert set(layer.weight.__dict__) == {"no_decay"}
 
 
+def with_gradients(format: Format) -> nn.Linear:
+    """A layer with a gradient of the weight in BF16, where PyTorch lets it be that."""
+    layer = nn.Linear(4, 4)
+    store_weights(layer, layer.parameters(), format)
+    layer(torch.ones(2, 4)).sum().backward()
+    if hasattr(layer.weight, "grad_dtype"):
+        layer.weight.grad = torch.ones(4, 4, dtype=torch.bfloat16)
+    return layer
+
+
+@BOTH
+def test_export_in_the_middle_of_an_accumulation(format: Format) -> None:
+    layer, x = with_gradients(format), torch.randn(3, 4)
+    gradient = layer.weight.grad
+    exported = torch.export.export(layer, (x,)).module()
+    torch.testing.assert_close(exported(x), layer(x))
+    assert layer.weight.grad is gradient
+
+
+@BOTH
+def test_a_module_moves_to_another_device_with_its_gradients(format: Format) -> None:
+    layer = with_gradients(format).to("meta")
+    for parameter in layer.parameters():
+        assert parameter.device.type == "meta"
+        assert parameter.grad is not None
+        assert (parameter.grad.device.type, parameter.grad.dtype) == ("meta", torch.float32)
+
+
 def test_weights_in_a_living_graph_stay_plain() -> None:
     layer = nn.Linear(4, 4)
     loss = layer(torch.ones(2, 4)).sum()
