@@ -2,11 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from typing import Any
-
 from torch import nn
-from torch._dynamo import config
 from torch.nn.modules import module as module_file
 from torch.utils.hooks import RemovableHandle
 
@@ -38,20 +34,3 @@ def hooks_of_all_modules() -> bool:
     PyTorch runs them with the modules that hold its graphs, too, while it traces those.
     """
     return any(_OF_ALL_MODULES)
-
-
-def with_hooks_guarded(call: Callable[..., Any]) -> Callable[..., Any]:
-    """``call``, in which Dynamo compiles anew what it has compiled when a module gets or loses a hook.
-
-    By default it leaves that out, to save the time of looking.
-    """
-
-    def call_with_hooks_guarded(*args: Any, **kwargs: Any) -> Any:
-        before = config.skip_nnmodule_hook_guards
-        config.skip_nnmodule_hook_guards = False  # config.patch takes four times as long
-        try:
-            return call(*args, **kwargs)
-        finally:
-            config.skip_nnmodule_hook_guards = before
-
-    return call_with_hooks_guarded

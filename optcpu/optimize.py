@@ -18,9 +18,10 @@ import passes as p
 from optcpu import cpp_ahead
 from optcpu.backend import Backend
 from optcpu.checks import check_flag, check_model, checked_share
+from optcpu.compiler_settings import with_hooks_guarded, with_sizes_apart
 from optcpu.cpu import capabilities
 from optcpu.errors import OptcpuError, warn
-from optcpu.hooks import hooks_of, hooks_of_all_modules, hooks_registered, with_hooks_guarded
+from optcpu.hooks import hooks_of, hooks_of_all_modules, hooks_registered
 from optcpu.layout import Layout, checked_layout, keep_packed
 from optcpu.memory import reuse_memory
 from optcpu.optim.storing import restore_weights
@@ -279,6 +280,8 @@ class CompiledCall:
             self._compiled = under_autocast(self._compiled)
         if self._guards_hooks:
             self._compiled = with_hooks_guarded(self._compiled)
+        if self.settings.dynamic:
+            self._compiled = with_sizes_apart(self._compiled)
         for call in self._with_loss.values():
             call.compile_anew()
 

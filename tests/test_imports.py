@@ -36,6 +36,7 @@ LAYERS: tuple[tuple[str, ...], ...] = (
         "optcpu.cpp_ahead",
         "optcpu.cpp_batch",
         "optcpu.cpp_signals",
+        "optcpu.compiler_settings",
         "optcpu.composites",
         "optcpu.random_numbers",
     ),

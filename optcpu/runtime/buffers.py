@@ -116,7 +116,10 @@ class BufferKeeper:
 
 
 def _has_extra_state(module: nn.Module) -> bool:
-    return type(module).get_extra_state is not nn.Module.get_extra_state
+    """Whether it gives one, and takes it back: that of some only tells a version, say."""
+    kind = type(module)
+    gives = kind.get_extra_state is not nn.Module.get_extra_state
+    return gives and kind.set_extra_state is not nn.Module.set_extra_state
 
 
 _buffers_of = operator.attrgetter("_buffers")

@@ -41,7 +41,7 @@ class Display:
     """
 
     def __init__(self, shown: bool | None, total: int | None, done: int) -> None:
-        self._lines = shown is not False
+        self._lines = shown is not False and sys.stderr is not None  # as it is for some services
         self._total = total
         self._next = 0.0
         self._done = done

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 from typing import Any
 
+from optcpu.runtime.callbacks import Callback
 from optcpu.runtime.run import Run
 
 
-def tell(run: Run, trainer: Any, event: str, *arguments: Any) -> None:
+def tell(run: Run, trainer: Any, event: str, *arguments: dict[str, float]) -> None:
     """Call ``event`` of each callback.
 
     Where one raises, those behind it stand in ``run.position.untold``, and thus in a checkpoint: a run that
@@ -17,12 +18,13 @@ def tell(run: Run, trainer: Any, event: str, *arguments: Any) -> None:
         run: whose callbacks are told.
         trainer: their first argument.
         event: the name of a method of :class:`optcpu.runtime.callbacks.Callback`.
-        arguments: those that follow, which a checkpoint can hold.
+        arguments: those that follow, metrics by name, which a checkpoint can hold.
     """
     if not run.callbacks:
         return
     left = [type(callback).__name__ for callback in run.callbacks]
-    run.position.untold = {"event": event, "arguments": list(arguments), "left": left}
+    noted = [dict(metrics) for metrics in arguments]  # before a callback adds what it likes
+    run.position.untold = {"event": event, "arguments": noted, "left": left}
     for callback in run.callbacks:
         del left[0]
         getattr(callback, event)(trainer, *arguments)
@@ -34,15 +36,16 @@ def tell_the_rest(run: Run, trainer: Any) -> None:
     untold = run.position.untold
     if untold is None:
         return
-    left = untold["left"]
-    behind = []
-    # From the last on, as there may be several of a kind, of which the first have been told.
+    names = list(untold["left"])
+    behind: list[Callback] = []
+    # From the last on, as there may be several of a kind, of which the first have been told. The callbacks
+    # that a run has may have changed since then.
     for callback in reversed(run.callbacks):
-        if left and type(callback).__name__ == left[-1]:
-            behind.append(callback)
-            left.pop()
-    left[:] = [type(callback).__name__ for callback in reversed(behind)]
-    for callback in reversed(behind):
+        if type(callback).__name__ in names:
+            names.remove(type(callback).__name__)
+            behind.insert(0, callback)
+    left = untold["left"] = [type(callback).__name__ for callback in behind]
+    for callback in behind:
         del left[0]
         getattr(callback, untold["event"])(trainer, *untold["arguments"])
     run.position.untold = None

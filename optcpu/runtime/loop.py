@@ -131,8 +131,8 @@ class Loop:
     def _finish_last_step(self) -> None:
         """Do what an error has left to do about the step that a run goes on behind."""
         if self._run.position.untold is not None:
+            self.saver.has_finished_late()  # also where one of them fails again
             tell_the_rest(self._run, self._trainer)
-            self.saver.has_finished_late()
         if self._run.position.unfinished is not None:
             rate = float(self._run.optimizer.param_groups[0]["lr"])
             told = self._run.position.unfinished["told"]

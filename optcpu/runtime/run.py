@@ -280,7 +280,8 @@ class Run:
         given = Settings.of(self.optimizer, self.scheduler)
         self.load_weights(state)
         self.scheduler.load_state_dict(state["scheduler"])
-        self.unsaved.set_trained(state.get("trained", {}))
+        if "trained" in state:  # checkpoints once were without
+            self.unsaved.set_trained(state["trained"])
         given.tell_changes(Settings.of(self.optimizer, self.scheduler))
         self._load_callbacks(state["callbacks"])
         self.clock.load_state_dict(state["clock"])

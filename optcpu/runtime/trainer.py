@@ -29,6 +29,7 @@ from optcpu.runtime.callbacks import Callback
 from optcpu.runtime.checkpoint.folder import CheckpointFolder
 from optcpu.runtime.checkpoint.format import Checkpoint
 from optcpu.runtime.data.loading import Feed, evaluation_batches
+from optcpu.runtime.data.sources import parts_of
 from optcpu.runtime.display import Display
 from optcpu.runtime.freezing.freezer import DynamicFreezer
 from optcpu.runtime.loop import Loop
@@ -197,9 +198,8 @@ class Trainer:
             self._freezer = make_freezer(
                 freezer, self.model, self.optimizer, self.options, self._plan.total
             )
-        self._unsaved = Unsaved(
-            model, self._loss, optimizer=self.optimizer, validation=self._validation
-        )
+        validated = {f"validation.{name}": one for name, one in parts_of(validation_data).items()}
+        self._unsaved = Unsaved(model, self._loss, optimizer=self.optimizer, **validated)
         self._stop = StopRequest()
         self._run: Run | None = None
         self._begun = False

@@ -8,7 +8,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from optcpu.runtime.data.randomness import generator_state, generators_in, set_generator_state
+from optcpu.runtime.data.randomness import (
+    generator_state,
+    generators_in,
+    is_plain,
+    set_generator_state,
+)
 
 _IN_STATE_DICT = ("_parameters", "_buffers", "_modules")
 
@@ -38,8 +43,9 @@ class Unsaved:
             if name not in _IN_STATE_DICT
         }
         others |= {str(number): owner for number, owner in enumerate(owners)}
-        self._generators = {p: one for p, one in parts.items() if generator_state(one) is not None}
-        self._generators |= generators_in(_composed(parts) | _composed(others))
+        self._generators = {p: one for p, one in parts.items() if _is_generator(one)}
+        for group in (parts, *({path: one} for path, one in others.items())):
+            self._generators |= generators_in(_composed(group))
         self._trained = {path: p.requires_grad for path, p in self._parameters()}
         self._first: dict[str, Tensor | None] = {}
         copies: dict[int, Tensor] = {}  # modules may share a large mask
@@ -66,10 +72,11 @@ class Unsaved:
         }
 
     def set_trained(self, saved: dict[str, bool]) -> None:
-        """Put back what :meth:`trained` gave, as far as the parameters are there."""
+        """Put back what :meth:`trained` gave; those that had not changed become what they were at first."""
         for path, parameter in self._parameters():
-            if path in saved:
-                parameter.requires_grad_(saved[path])
+            parameter.requires_grad_(
+                saved.get(path, self._trained.get(path, parameter.requires_grad))
+            )
 
     def buffers(self) -> dict[str, Tensor]:
         """The buffers that have changed, by where they are; not copies."""
@@ -117,14 +124,18 @@ class Unsaved:
 
 def _composed(values: dict[str, Any]) -> dict[str, Any]:
     """Those that may have generators in them: most attributes of modules are none of these."""
-    plain = (bool, int, float, str, Tensor, nn.Module)
     return {
         path: value
         for path, value in values.items()
-        if value is not None
-        and not isinstance(value, plain)
-        and not (isinstance(value, (dict, list, tuple, set)) and not value)
+        if not is_plain(value) and not issubclass(type(value), nn.Module)
     }
+
+
+def _is_generator(value: object) -> bool:
+    try:
+        return generator_state(value) is not None
+    except Exception:  # an odd object, which no generator is
+        return False
 
 
 def _set(module: nn.Module, name: str, buffer: Tensor | None, value: Tensor | None) -> None:

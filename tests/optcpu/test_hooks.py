@@ -15,7 +15,7 @@ from torch.utils.hooks import RemovableHandle
 from torch.utils.module_tracker import ModuleTracker
 
 import optcpu
-from optcpu.hooks import hooks_of, hooks_of_all_modules, with_hooks_guarded
+from optcpu.hooks import hooks_of, hooks_of_all_modules
 from optcpu.optimize import compiled_call
 
 Results = list[Tensor | None]
@@ -170,17 +170,3 @@ def test_hooks_of_a_model_and_of_modules_in_it() -> None:
     for handle in handles:
         handle.remove()
     assert hooks_of(model) == set()
-
-
-def test_dynamos_setting_is_put_back() -> None:
-    seen = []
-
-    def fails() -> None:
-        seen.append(torch._dynamo.config.skip_nnmodule_hook_guards)
-        raise KeyError
-
-    before = torch._dynamo.config.skip_nnmodule_hook_guards
-    with pytest.raises(KeyError):
-        with_hooks_guarded(fails)()
-    assert seen == [False]
-    assert torch._dynamo.config.skip_nnmodule_hook_guards == before

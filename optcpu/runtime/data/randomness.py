@@ -110,14 +110,28 @@ def generators_in(owners: Mapping[str, object]) -> dict[str, Any]:
             if id(owner) in seen or len(seen) > _MOST:
                 continue
             seen.add(id(owner))
-            for name, value in _parts_of(owner):
-                if generator_state(value) is None:
-                    parts.append((f"{path}.{name}", value))
-                elif id(value) not in seen:
-                    seen.add(id(value))
-                    found[f"{path}.{name}"] = value
+            # What cannot be looked into, by its own error, may serve training well, and holds none.
+            with contextlib.suppress(Exception):
+                for name, value in _parts_of(owner):
+                    if is_plain(value):
+                        continue
+                    if generator_state(value) is None:
+                        parts.append((f"{path}.{name}", value))
+                    elif id(value) not in seen:
+                        seen.add(id(value))
+                        found[f"{path}.{name}"] = value
         level = parts
     return found
+
+
+def is_plain(value: object) -> bool:
+    """Whether ``value`` is a number, a string, a tensor or nothing, or a short list of such."""
+    if isinstance(value, (list, tuple)) and type(value) in (list, tuple):
+        return len(value) <= _LONGEST and all(type(one) in _PLAIN for one in value)
+    return type(value) in _PLAIN
+
+
+_PLAIN = (type(None), bool, int, float, complex, str, bytes, torch.Tensor, torch.nn.Parameter)
 
 
 def _parts_of(owner: object) -> Iterator[tuple[str, object]]:

@@ -306,7 +306,7 @@ def length_of(batches: Any) -> int | None:
     return len(batches)  # out of the try: what is no length is the object's own mistake
 
 
-def _parts(batches: Any) -> dict[str, Any]:
+def parts_of(batches: Any) -> dict[str, Any]:
     """The objects of a loader that may hold generators or want to know the epoch, by name."""
     parts = {"loader": batches}
     if isinstance(batches, DataLoader):
@@ -322,11 +322,11 @@ def _parts(batches: Any) -> dict[str, Any]:
 
 def _generators(batches: Any) -> dict[str, Any]:
     """The generators of the parts and of what they consist of, each once, by name."""
-    return generators_in(_parts(batches))
+    return generators_in(parts_of(batches))
 
 
 def _set_epoch(batches: Any, epoch: int) -> None:
-    for part in _parts(batches).values():
+    for part in parts_of(batches).values():
         if isinstance(part, ResumableBatchSampler):
             part.epoch, part.consumed = epoch, 0
         elif callable(getattr(part, "set_epoch", None)):

@@ -128,6 +128,15 @@ class _NoisyLoss:
         return cross_entropy(output + 0.1 * noise, batch[-1])
 
 
+class _WithManyAttributes(nn.Identity):
+    def __init__(self) -> None:
+        super().__init__()
+        self.settings = {str(number): {number: {}} for number in range(60)}
+        self.more = [[object()] for _ in range(600)]
+        for number in range(600):
+            setattr(self, f"part_{number}", [object()])
+
+
 class _Langevin(torch.optim.SGD):
     """An optimizer with a generator."""
 
@@ -147,11 +156,13 @@ class _StopsAfterAnEpoch(Callback):
         trainer.stop()
 
 
-@pytest.mark.parametrize("part", ["loss", "optimizer"])
+@pytest.mark.parametrize("part", ["loss", "optimizer", "loss of a large model"])
 def test_generators_of_other_parts(tmp_path: Path, part: str) -> None:
     def trainer(seed: int = 0, **given: Any) -> Trainer:
         model = small_model(seed)
-        if part == "loss":
+        if "large" in part:
+            model.append(_WithManyAttributes())  # type: ignore[operator]
+        if "loss" in part:
             given["loss"] = _NoisyLoss(seed)
         else:
             given |= {"optimizer": _Langevin(model.parameters(), seed), "lr": None}
@@ -233,6 +244,109 @@ class _Fails(_Hears):
         super()._hear(event)
         if event == self._event and self.heard[event] == (1 if event == "validation" else 2):
             raise OSError("once")
+
+
+class _Steps(_Hears):
+    """Another kind, without a past of its own."""
+
+    def state_dict(self) -> dict[str, Any]:
+        return {}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        pass
+
+
+@pytest.mark.parametrize("now", [["_Hears"], ["_Steps", "_Hears"], ["_Fails", "_Steps", "_Hears"]])
+def test_callbacks_that_are_others_now_are_told_what_concerns_them(
+    tmp_path: Path, now: list[str]
+) -> None:
+    given: dict[str, Any] = {"checkpoints": tmp_path}
+    failing = small_trainer(callbacks=[_Fails("step"), _Hears(), _Steps()], **given)
+    with pytest.raises(OSError, match="once"):
+        failing.train()
+    hears = _Hears()
+    made: dict[str, Callback] = {"_Hears": hears, "_Steps": _Steps(), "_Fails": _Fails(None)}
+    kept = [made[name] for name in now]
+    if "_Fails" not in now:  # whose state nobody would take
+        kept.append(_Fails(None))
+    small_trainer(callbacks=kept, **given).train()
+    assert hears.heard == {"step": 4, "epoch": 2}
+
+
+def test_a_callback_may_fail_again_while_it_is_told_the_rest(tmp_path: Path) -> None:
+    class Twice(_Hears):
+        failed = 0
+
+        def on_step_end(self, trainer: Trainer, metrics: dict[str, float]) -> None:
+            super().on_step_end(trainer, metrics)
+            metrics["mine"] = object()  # type: ignore[assignment]
+            if self.heard["step"] == 2 and Twice.failed < 2:
+                Twice.failed += 1
+                raise OSError("once more")
+
+    def callbacks() -> list[Callback]:
+        return [_Hears(), Twice(), Twice(), _Hears()]
+
+    for _ in range(2):
+        with pytest.raises(OSError, match="once more"):
+            small_trainer(callbacks=callbacks(), checkpoints=tmp_path).train()
+    final = callbacks()
+    small_trainer(callbacks=final, checkpoints=tmp_path).train()
+    assert [callback.state_dict() for callback in final] == [{"step": 4, "epoch": 2}] * 4
+
+
+def test_flags_go_back_where_a_run_goes_on_from_before_they_changed(tmp_path: Path) -> None:
+    class Freezes(Callback):
+        steps = 0
+
+        def on_step_end(self, trainer: Trainer, metrics: dict[str, float]) -> None:
+            self.steps += 1
+            if self.steps == 3:
+                trainer.model[0].requires_grad_(False)  # type: ignore[index, operator]
+
+        def state_dict(self) -> dict[str, Any]:
+            return {"steps": self.steps}
+
+        def load_state_dict(self, state: dict[str, Any]) -> None:
+            self.steps = state["steps"]
+
+    class Fails(torch.optim.SGD):
+        left = math.inf
+
+        def step(self, closure: Any = None) -> Any:
+            self.left -= 1
+            if self.left == 0:
+                raise OSError("once")
+            return super().step(closure)
+
+    def trainer(**given: Any) -> Trainer:
+        model = small_model()
+        optimizer = Fails(model.parameters(), lr=0.05)
+        settings = {"optimizer": optimizer, "lr": None, "callbacks": [Freezes()], "epochs": 3}
+        return small_trainer(model, **settings, **given)
+
+    whole = trainer()
+    whole.train()
+    failing = trainer(checkpoints={"folder": tmp_path, "every_steps": 2})
+    failing.optimizer.left = 4  # type: ignore[attr-defined]
+    with pytest.raises(OSError, match="once"):
+        failing.train()
+    failing.train()
+    assert_equal(tensors_of(failing), tensors_of(whole))
+
+
+def test_an_extra_state_that_is_only_told_is_left_alone() -> None:
+    class Versioned(nn.Identity):
+        def get_extra_state(self) -> Tensor:
+            return torch.tensor(3)
+
+    model = nn.Sequential(small_model(), Versioned())
+    calls = itertools.count(1)
+
+    def loss(output: Tensor, batch: Any) -> Tensor:
+        return cross_entropy(output, batch[-1]) * (math.nan if next(calls) == 6 else 1)
+
+    assert small_trainer(model, loss=loss, on_nan="skip").train().steps == 4
 
 
 @pytest.mark.parametrize("event", ["step", "epoch", "validation"])

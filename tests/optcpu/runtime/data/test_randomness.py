@@ -15,6 +15,7 @@ from hypothesis import strategies as st
 from optcpu.runtime.data.randomness import (
     generator_state,
     generators_in,
+    is_plain,
     random_bits,
     seed_everything,
     seed_generator,
@@ -156,3 +157,34 @@ def test_samples_are_not_searched() -> None:
     samples = [_Part(rng=random.Random()) for _ in range(100)]
     dataset = _Part(samples=samples, x=torch.ones(3), names=random.SystemRandom())
     assert generators_in({"dataset": dataset}) == {}
+
+
+class _Odd:
+    """Answers for every name, in its own way."""
+
+    def __getattr__(self, name: str) -> Any:
+        raise KeyError(name)
+
+    @property
+    def __dict__(self) -> Any:  # type: ignore[override]
+        raise ValueError("not now")
+
+
+class _Loading(dict[str, Any]):
+    def items(self) -> Any:
+        raise OSError("the file is gone")
+
+
+def test_what_cannot_be_looked_into_is_passed_over() -> None:
+    generator = random.Random(1)
+    around: list[Any] = [_Odd(), _Loading(a=1), {"deep": [_Odd(), generator]}]
+    around.append(around)  # it contains itself
+    assert list(generators_in({"model": around}).values()) == [generator]
+
+
+def test_numbers_are_plain_and_do_not_count_as_places_to_look_at() -> None:
+    generator = random.Random(1)
+    numbers = {str(n): [(n, 1.5, None, "x") for _ in range(40)] for n in range(40)}
+    assert list(generators_in({"a": numbers, "b": [generator]}).values()) == [generator]
+    assert all(map(is_plain, (1, "x", None, (1, 2.0), [torch.ones(1)])))
+    assert not any(map(is_plain, (generator, [generator], {}, [[1]], list(range(100)))))

@@ -1,0 +1,44 @@
+"""Settings of PyTorch's compiler are those of optcpu within a call alone."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import nn
+from torch.fx.experimental import _config as shape_config
+
+import optcpu
+from optcpu.compiler_settings import with_hooks_guarded, with_sizes_apart
+from optcpu.optimize import compiled_call
+
+
+def test_settings_are_put_back() -> None:
+    seen = []
+
+    def fails() -> None:
+        seen.append(torch._dynamo.config.skip_nnmodule_hook_guards)
+        seen.append(shape_config.use_duck_shape)
+        raise KeyError
+
+    def settings() -> list[bool]:
+        return [torch._dynamo.config.skip_nnmodule_hook_guards, shape_config.use_duck_shape]
+
+    before = settings()
+    with pytest.raises(KeyError):
+        with_hooks_guarded(with_sizes_apart(fails))()
+    assert seen == [False, False]
+    assert settings() == before
+
+
+def test_a_batch_as_large_as_the_features_is_one_of_many() -> None:
+    """Else the code for it would be another once a batch of another size was there."""
+    model = nn.Sequential(nn.Linear(16, 16), nn.ReLU(), nn.Linear(16, 16))
+    optcpu.optimize(model, precision="fp32", dynamic=True, fallback=False)
+    call = compiled_call(model)
+    assert call is not None
+    call.backend.codegen = False
+    regions = []
+    for size in (16, 11, 16, 7):
+        model(torch.randn(size, 16)).sum().backward()
+        regions.append(call.record.regions)
+    assert regions == [1, 1, 1, 1]
