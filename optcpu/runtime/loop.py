@@ -131,14 +131,14 @@ class Loop:
     def _finish_last_step(self) -> None:
         """Do what an error has left to do about the step that a run goes on behind."""
         if self._run.position.untold is not None:
-            self.saver.has_finished_late()  # also where one of them fails again
+            self.saver.more_has_happened(late=True)  # also where one of them fails again
             tell_the_rest(self._run, self._trainer)
         if self._run.position.unfinished is not None:
             rate = float(self._run.optimizer.param_groups[0]["lr"])
             told = self._run.position.unfinished["told"]
             told.setdefault("lr", rate)  # older checkpoints lack it
             self._finisher.follow(late=True)
-            self.saver.has_finished_late()
+            self.saver.more_has_happened(late=True)
         self._finisher.tell()
 
     def draw(self) -> MicroBatches | None:
@@ -250,7 +250,8 @@ class Loop:
         if run.position.epoch_ended:
             raise OptcpuError("the training data are empty: give at least one batch")
         run.position.epoch += 1
-        run.position.epoch_ended = self.saver.changed = True
+        run.position.epoch_ended = True
+        self.saver.more_has_happened()
         run.feed.next_epoch()
         tell(run, self._trainer, "on_epoch_end")
 
@@ -275,29 +276,52 @@ class Loop:
         return on_time or self._finished()
 
     def validate(self) -> dict[str, float] | None:
-        """Validate now, and let early stopping and schedule know; None if interrupted."""
+        """Validate now, and let early stopping and schedule know; None if interrupted.
+
+        If something fails up to where the results are noted, the validation is made again from its start.
+        """
         run, position = self._run, self._run.position
-        assert self._validation is not None
         self._display.phase("validation")
-        started = time.perf_counter()
         self._runner.meet()
         run.world.share_from_first(buffers_of(run.model, run.loss).values())
-        results = None
         generators = run.unsaved.generators()
         run.buffers.keep()
+        counts = False
         try:
-            results = validate(
-                run.model,
-                self._validation(),
-                run.loss,
-                self._metrics,
-                size_of=self._size_of,
-                interrupted=lambda: self._stop.by is not None and run.world.size == 1,
-            )
+            results = self._evaluate()
+            if results is None:
+                return None
+            check_results(self._options, results)
+            if self._log is not None:
+                self._log.add("validation", position.step, position.epoch, results)
+            if isinstance(run.scheduler, ReduceLROnPlateau):
+                step_scheduler(run, results["loss"])
+            counts = True
         finally:
-            if results is None:  # it will be made again from its beginning
+            if not counts:
                 run.buffers.put_back()
                 run.unsaved.set_generators(generators)
+        position.validated, position.metrics = position.step, results
+        self.saver.more_has_happened()
+        if run.stopper is not None:
+            position.stop_reason = run.stopper.reason_to_stop(results)
+        self._note_best(results)
+        tell(run, self._trainer, "on_validation_end", results)
+        return results
+
+    def _evaluate(self) -> dict[str, float] | None:
+        """Loss and metrics on the validation data; None if interrupted."""
+        run = self._run
+        assert self._validation is not None
+        started = time.perf_counter()
+        results = validate(
+            run.model,
+            self._validation(),
+            run.loss,
+            self._metrics,
+            size_of=self._size_of,
+            interrupted=lambda: self._stop.by is not None and run.world.size == 1,
+        )
         if results is None:
             return None
         # Random numbers and data of their own may differ: what follows from the results must not.
@@ -305,19 +329,7 @@ class Loop:
         phase = "compile" if self._has_compiled() else "validation"
         run.clock.add(phase, time.perf_counter() - started)
         told = "  ".join(f"{name} {value:.4g}" for name, value in results.items())
-        self._display.message(f"step {position.step}: validation {told}")
-        # If something fails up to where it is noted, the validation is made again.
-        check_results(self._options, results)
-        if self._log is not None:
-            self._log.add("validation", position.step, position.epoch, results)
-        if isinstance(run.scheduler, ReduceLROnPlateau):
-            step_scheduler(run, results["loss"])
-        position.validated, position.metrics = position.step, results
-        self.saver.changed = True
-        if run.stopper is not None:
-            position.stop_reason = run.stopper.reason_to_stop(results)
-        self._note_best(results)
-        tell(run, self._trainer, "on_validation_end", results)
+        self._display.message(f"step {run.position.step}: validation {told}")
         return results
 
     def _note_best(self, results: dict[str, float]) -> None:

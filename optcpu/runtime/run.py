@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Any
@@ -374,11 +375,11 @@ class Run:
 
 
 def _copy_all_but(kept: Iterable[tuple[str, Tensor]], state: dict[str, Any]) -> None:
-    """Copy the tensors of ``state`` in place of themselves, but for those with the names of ``kept``."""
+    """Copy what ``state`` has in place of itself, but for tensors with the names of ``kept``."""
     names = {name for name, _ in kept}
     for name, value in state.items():
-        if isinstance(value, Tensor) and name not in names:
-            state[name] = value.clone()
+        if name not in names:
+            state[name] = value.clone() if isinstance(value, Tensor) else copy.deepcopy(value)
 
 
 def _told(groups: list[list[str]]) -> str:

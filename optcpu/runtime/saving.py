@@ -51,10 +51,18 @@ class Saver:
         self.changed = False
         self.found_better = False
 
-    def has_finished_late(self) -> None:
-        """What was left to do about a step is done now: a checkpoint due behind it is another one."""
+    def more_has_happened(self, *, late: bool = False) -> None:
+        """More has, behind a step, since a checkpoint there may have been written: an epoch has ended, say.
+
+        Where steps may be rolled back it is written again, so that what they are rolled back to does not
+        depend on whether the run has been stopped and gone on with in between.
+
+        Args:
+            late: it had been left to do by an error, and is in no checkpoint for that alone.
+        """
         self.changed = True
-        self._saved = -1
+        if late or self._options.on_nan == "rollback":
+            self._saved = -1
 
     def save_if_due(self, *, ended: bool) -> None:
         """Write a checkpoint if it is time to, or if the run has ``ended``."""

@@ -244,10 +244,12 @@ class StepRunner:
 
 
 def trained_parameters(model: nn.Module, loss: Loss) -> dict[str, nn.Parameter]:
-    """The parameters of the model by name, and those of a loss that is a module, as ``loss.weight``."""
+    """The parameters of the model by name, and those that a loss has besides, as ``loss.weight``."""
     parameters = dict(model.named_parameters())
     if isinstance(loss, nn.Module):
-        parameters |= {f"loss.{name}": p for name, p in loss.named_parameters()}
+        known = set(map(id, parameters.values()))
+        others = ((name, p) for name, p in loss.named_parameters() if id(p) not in known)
+        parameters |= {f"loss.{name}": p for name, p in others}
     return parameters
 
 

@@ -199,7 +199,10 @@ class Trainer:
                 freezer, self.model, self.optimizer, self.options, self._plan.total
             )
         validated = {f"validation.{name}": one for name, one in parts_of(validation_data).items()}
-        self._unsaved = Unsaved(model, self._loss, optimizer=self.optimizer, **validated)
+        measured = {f"metric.{name}": metric for name, metric in self._metrics.items()}
+        self._unsaved = Unsaved(
+            model, self._loss, optimizer=self.optimizer, **validated, **measured
+        )
         self._stop = StopRequest()
         self._run: Run | None = None
         self._begun = False

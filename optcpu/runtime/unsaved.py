@@ -40,12 +40,12 @@ class Unsaved:
             f"{path}.{name}": value
             for path, module in self._modules.items()
             for name, value in vars(module).items()
-            if name not in _IN_STATE_DICT
+            if name not in _IN_STATE_DICT and not is_plain(value)
         }
-        others |= {str(number): owner for number, owner in enumerate(owners)}
+        others |= {str(n): one for n, one in enumerate(owners) if not isinstance(one, nn.Module)}
         self._generators = {p: one for p, one in parts.items() if _is_generator(one)}
         for group in (parts, *({path: one} for path, one in others.items())):
-            self._generators |= generators_in(_composed(group))
+            self._generators |= generators_in(group)
         self._trained = {path: p.requires_grad for path, p in self._parameters()}
         self._first: dict[str, Tensor | None] = {}
         copies: dict[int, Tensor] = {}  # modules may share a large mask
@@ -120,15 +120,6 @@ class Unsaved:
             for name in sorted(module._non_persistent_buffers_set):
                 if name in module._buffers:
                     yield f"{path}.{name}", module, name, module._buffers[name]
-
-
-def _composed(values: dict[str, Any]) -> dict[str, Any]:
-    """Those that may have generators in them: most attributes of modules are none of these."""
-    return {
-        path: value
-        for path, value in values.items()
-        if not is_plain(value) and not issubclass(type(value), nn.Module)
-    }
 
 
 def _is_generator(value: object) -> bool:

@@ -23,7 +23,7 @@ from optcpu.runtime.data.fetching import (
 from optcpu.runtime.data.randomness import stream_key
 from optcpu.runtime.data.sampling import ResumableBatchSampler
 from optcpu.runtime.data.sharing import is_shared, warn_if_not_shared
-from optcpu.runtime.data.sources import SampledSource, State, length_of, source_of
+from optcpu.runtime.data.sources import SampledSource, State, end_workers, length_of, source_of
 
 Workers = int | Literal["auto"]
 
@@ -147,7 +147,7 @@ def evaluation_batches(
             "DistributedSampler: leave that out, or give the dataset in place of the loader"
         )
     if not _is_dataset(data):
-        return lambda: data
+        return lambda: _begun_anew(data)
     loader = make_loader(data, batch_size, shuffle=False, workers=0, collate_fn=collate_fn)
 
     def batches() -> Iterable[Any]:
@@ -156,6 +156,12 @@ def evaluation_batches(
         return loader
 
     return batches
+
+
+def _begun_anew(data: Any) -> Iterable[Any]:
+    """``data``, whose processes, if any, do not live on: a loader draws a seed for those that are new."""
+    end_workers(data)
+    return data  # type: ignore[no-any-return]
 
 
 class Feed:

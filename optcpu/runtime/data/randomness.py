@@ -10,6 +10,7 @@ from __future__ import annotations
 import contextlib
 import functools
 import random
+from collections import OrderedDict, deque
 from collections.abc import Iterable, Iterator, Mapping
 from types import FunctionType, MethodType, ModuleType
 from typing import Any
@@ -125,12 +126,15 @@ def generators_in(owners: Mapping[str, object]) -> dict[str, Any]:
 
 
 def is_plain(value: object) -> bool:
-    """Whether ``value`` is a number, a string, a tensor or nothing, or a short list of such."""
+    """Whether ``value`` is a number, a string, a tensor or nothing, or empty, or a short list of such."""
+    if type(value) in _CONTAINERS and not value:
+        return True  # as most dictionaries of hooks are
     if isinstance(value, (list, tuple)) and type(value) in (list, tuple):
         return len(value) <= _LONGEST and all(type(one) in _PLAIN for one in value)
     return type(value) in _PLAIN
 
 
+_CONTAINERS = (list, tuple, dict, OrderedDict, set, frozenset, deque)
 _PLAIN = (type(None), bool, int, float, complex, str, bytes, torch.Tensor, torch.nn.Parameter)
 
 
@@ -145,7 +149,7 @@ def _parts_of(owner: object) -> Iterator[tuple[str, object]]:
         for name, cell in zip(owner.__code__.co_freevars, owner.__closure__ or (), strict=True):
             with contextlib.suppress(ValueError):  # nothing is in it yet
                 yield name, cell.cell_contents
-    elif isinstance(owner, (list, tuple)):
+    elif isinstance(owner, (list, tuple, set, frozenset, deque)):
         if len(owner) <= _LONGEST:
             yield from _numbered(owner)
     elif isinstance(owner, dict):
@@ -153,6 +157,16 @@ def _parts_of(owner: object) -> Iterator[tuple[str, object]]:
             yield from ((str(key), value) for key, value in owner.items())
     elif not isinstance(owner, (torch.Tensor, np.ndarray, type, ModuleType)):
         yield from getattr(owner, "__dict__", {}).items()
+        for name in _slots_of(type(owner)):
+            if hasattr(owner, name):
+                yield name, getattr(owner, name)
+
+
+def _slots_of(kind: type) -> Iterator[str]:
+    for base in kind.__mro__:
+        slots = vars(base).get("__slots__", ())
+        names = (slots,) if isinstance(slots, str) else slots
+        yield from (name for name in names if not name.startswith("__"))
 
 
 def _numbered(values: Iterable[object]) -> Iterator[tuple[str, object]]:

@@ -93,7 +93,7 @@ class SampledSource(Source):
         return iter(self._loader)
 
     def end_workers(self) -> None:
-        _end_workers(self._loader)
+        end_workers(self._loader)
 
     def passed(self) -> bool:
         share = self._sampler.share(self._state["consumed"])
@@ -208,7 +208,7 @@ class ReplayedSource(Source):
         return iterator
 
     def end_workers(self) -> None:
-        _end_workers(self._batches)
+        end_workers(self._batches)
 
     def state_dict(self) -> dict[str, Any]:
         return {"beginning": self._beginning}
@@ -252,7 +252,7 @@ class ReplayedSource(Source):
         if new is None or not _keeps_iterator(self._batches):
             return
         if new:
-            _end_workers(self._batches)
+            end_workers(self._batches)
         elif _workers_live_on(self._batches):
             _warn_of_workers()
             if self._batches._iterator is None:
@@ -338,7 +338,7 @@ def _keeps_iterator(batches: Any) -> TypeGuard[DataLoader[Any]]:
     return isinstance(batches, DataLoader) and hasattr(batches, "_iterator")
 
 
-def _end_workers(batches: Any) -> None:
+def end_workers(batches: Any) -> None:
     if _keeps_iterator(batches):
         batches._iterator = None  # which ends those that are there
 

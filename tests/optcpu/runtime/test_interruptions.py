@@ -15,6 +15,7 @@ from torch.utils.data import DataLoader
 from training import assert_equal, small_data, small_model, small_trainer, tensors_of
 
 from optcpu import Trainer
+from optcpu.errors import OptcpuError
 from optcpu.runtime import Callback
 
 
@@ -126,6 +127,173 @@ class _NoisyLoss:
     def __call__(self, output: Tensor, batch: Any) -> Tensor:
         noise = torch.randn(output.shape, generator=self.generator)
         return cross_entropy(output + 0.1 * noise, batch[-1])
+
+
+class _Bootstraps:
+    """A metric with a generator, which draws one of the batches."""
+
+    def __init__(self, seed: int) -> None:
+        self.generator = torch.Generator().manual_seed(seed)
+
+    def __call__(self, output: Tensor, batch: Any) -> Tensor:
+        return cross_entropy(output, batch[-1]) * torch.rand((), generator=self.generator)
+
+
+class _FailsOnce(torch.optim.lr_scheduler.ReduceLROnPlateau):
+    left = math.inf  # of all, as a scheduler's own attributes are in its state
+
+    def step(self, metrics: Any, epoch: Any = None) -> None:
+        _FailsOnce.left -= 1
+        if _FailsOnce.left == 0:
+            raise OSError("once")
+        super().step(metrics)
+
+
+@pytest.mark.parametrize("persistent", [False, True])
+def test_behind_a_validation(tmp_path: Path, persistent: bool) -> None:
+    """The scheduler that follows it fails: it is made again, as it was."""
+
+    def trainer(seed: int = 0, left: float = math.inf, **given: Any) -> Trainer:
+        model = _Moves(seed)
+        optimizer = torch.optim.SGD(model.parameters(), lr=0.05)
+        scheduler = _FailsOnce(optimizer)
+        _FailsOnce.left = left
+        workers = {"num_workers": 1, "persistent_workers": True} if persistent else {}
+        generator = torch.Generator().manual_seed(seed)
+        loader = DataLoader(small_data(10), 4, shuffle=True, generator=generator, **workers)
+        settings = {"optimizer": optimizer, "lr": None, "scheduler": scheduler}
+        measured = {"validation_data": loader, "metrics": {"m": _Bootstraps(seed)}, "epochs": 3}
+        return small_trainer(model, **settings, **measured, **given)
+
+    whole = trainer()
+    expected = whole.train()
+    with pytest.raises(OptcpuError, match=r"the scheduler failed.*once"):
+        trainer(left=2, checkpoints=tmp_path).train()
+    resumed = trainer(seed=9, checkpoints=tmp_path)
+    assert resumed.train().metrics == expected.metrics
+    assert_equal(tensors_of(resumed), tensors_of(whole))
+
+
+class _Shrinks(Callback):
+    """Changes weights where an epoch, or a validation, has ended; stops behind a certain step."""
+
+    def __init__(self, event: str, stop: int | None) -> None:
+        self._event, self._stop = event, stop
+
+    def _end(self, event: str, trainer: Trainer, step: int) -> None:
+        if event == self._event:
+            with torch.no_grad():
+                for parameter in trainer.model.parameters():
+                    parameter.mul_(0.9)
+        if step == self._stop:
+            trainer.stop()
+
+    def on_epoch_end(self, trainer: Trainer) -> None:
+        assert trainer._run is None
+        self._end("epoch", trainer, self.steps)
+
+    def on_validation_end(self, trainer: Trainer, metrics: dict[str, float]) -> None:
+        self._end("validation", trainer, self.steps)
+
+    steps = 0
+
+    def on_step_end(self, trainer: Trainer, metrics: dict[str, float]) -> None:
+        self.steps += 1
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"steps": self.steps}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        self.steps = state["steps"]
+
+
+@pytest.mark.parametrize("event", ["epoch", "validation"])
+def test_a_rollback_does_not_depend_on_where_the_run_was_stopped(
+    tmp_path: Path, event: str
+) -> None:
+    """A checkpoint of step 2 may lie in front of the end of the epoch, or behind it."""
+
+    def trainer(folder: str, stop: int | None = None) -> Trainer:
+        shrinks = _Shrinks(event, stop)
+
+        def loss(output: Tensor, batch: Any) -> Tensor:
+            broken = shrinks.steps == 2 and torch.is_grad_enabled() and not seen
+            if broken:
+                seen.append(True)
+            return cross_entropy(output, batch[-1]) * (math.nan if broken else 1)
+
+        given = {"checkpoints": {"folder": tmp_path / folder, "every_steps": 2}}
+        settings = {"on_nan": "rollback", "epochs": 3, "validation_data": small_data(10)}
+        return small_trainer(loss=loss, callbacks=[shrinks], **settings, **given)
+
+    seen: list[bool] = []
+    whole = trainer("whole")
+    whole.train()
+    assert seen == [True]
+    seen.clear()
+    assert trainer("stopped", stop=2).train().stopped_by == "stop()"
+    assert not seen
+    resumed = trainer("stopped")
+    resumed.train()
+    assert seen == [True]
+    assert_equal(tensors_of(resumed), tensors_of(whole))
+
+
+def test_a_weight_that_model_and_loss_share_is_trained_once() -> None:
+    class Regularised(nn.Module):
+        def __init__(self, weight: nn.Parameter) -> None:
+            super().__init__()
+            self.weight = weight
+
+        def forward(self, output: Tensor, batch: Any) -> Tensor:
+            return cross_entropy(output, batch[-1]) + 0.01 * self.weight.square().sum()
+
+    model = small_model()
+    trainer = small_trainer(model, loss=Regularised(model[0].weight))  # type: ignore[index, arg-type, union-attr]
+    (group,) = trainer.optimizer.param_groups
+    assert len(group["params"]) == len(list(model.parameters()))
+    trainer.train()
+
+
+class _Averages(nn.Module):
+    """An extra state that is a tensor in a dictionary, and is written to in place."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layers = small_model()
+        self.average = torch.zeros(6)
+
+    def forward(self, x: Tensor) -> Tensor:
+        self.average.lerp_(x.detach().mean(0), 0.5)
+        result: Tensor = self.layers(x - self.average)
+        return result
+
+    def get_extra_state(self) -> dict[str, Tensor]:
+        return {"average": self.average}
+
+    def set_extra_state(self, state: dict[str, Tensor]) -> None:
+        self.average.copy_(state["average"])
+
+
+def test_a_stop_in_a_step_that_is_then_skipped(tmp_path: Path) -> None:
+    calls = itertools.count(1)
+    made: list[Trainer] = []
+
+    def loss(output: Tensor, batch: Any) -> Tensor:
+        call = next(calls)
+        if call == 2 and made:
+            made[0].stop()
+        return cross_entropy(output, batch[-1]) * (math.nan if call == 4 else 1)
+
+    whole = _Averages()
+    small_trainer(whole, loss=loss, on_nan="skip").train()
+    calls = itertools.count(1)
+    made.append(small_trainer(_Averages(), loss=loss, on_nan="skip", checkpoints=tmp_path))
+    assert made[0].train().stopped_by == "stop()"
+    resumed = _Averages()
+    small_trainer(resumed, loss=loss, on_nan="skip", checkpoints=tmp_path).train()
+    assert torch.equal(resumed.average, whole.average)
+    assert torch.equal(resumed.layers[0].weight, whole.layers[0].weight)  # type: ignore[index, arg-type]
 
 
 class _WithManyAttributes(nn.Identity):

@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+from collections import deque
+
 import pytest
 import torch
 from torch import Tensor, nn
@@ -134,3 +136,23 @@ def test_what_had_changed_comes_back() -> None:
     other.running = torch.zeros(5)  # of another shape by now
     Unsaved(other).set_buffers(saved)
     assert other.running.tolist() == [1, 1, 1]
+
+
+class _Slotted:
+    __slots__ = ("generator",)
+
+    def __init__(self) -> None:
+        self.generator = torch.Generator()
+
+
+def test_generators_of_a_large_model_are_found_in_whatever_holds_them() -> None:
+    model = nn.Sequential(*(nn.Sequential(nn.Conv2d(1, 1, 1), nn.ReLU()) for _ in range(100)))
+    last = model[99]
+    last.listed, last.slotted = [torch.Generator()], _Slotted()  # type: ignore[assignment]
+    last.queue, last.kept = deque([torch.Generator()]), {torch.Generator()}  # type: ignore[assignment]
+    assert sorted(Unsaved(model).generators()) == [
+        "0.99.kept.0",
+        "0.99.listed.0",
+        "0.99.queue.0",
+        "0.99.slotted.generator",
+    ]

@@ -186,5 +186,5 @@ def test_numbers_are_plain_and_do_not_count_as_places_to_look_at() -> None:
     generator = random.Random(1)
     numbers = {str(n): [(n, 1.5, None, "x") for _ in range(40)] for n in range(40)}
     assert list(generators_in({"a": numbers, "b": [generator]}).values()) == [generator]
-    assert all(map(is_plain, (1, "x", None, (1, 2.0), [torch.ones(1)])))
-    assert not any(map(is_plain, (generator, [generator], {}, [[1]], list(range(100)))))
+    assert all(map(is_plain, (1, "x", None, (1, 2.0), {}, [torch.ones(1)])))
+    assert not any(map(is_plain, (generator, [generator], {1: 2}, [[1]], list(range(100)))))
