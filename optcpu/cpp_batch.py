@@ -16,7 +16,6 @@ import logging
 import os
 import shlex
 import shutil
-import subprocess
 import sys
 import tempfile
 import threading
@@ -28,6 +27,8 @@ from pathlib import Path
 from typing import Any
 
 from torch._inductor.async_compile import AsyncCompile
+
+from optcpu.cpp_signals import compilers
 
 logger = logging.getLogger(__name__)
 
@@ -80,13 +81,7 @@ class _Job:
         """
         words = {self.source: source, self.target: target}
         command = [words.get(word, word) for word in self.command]
-        subprocess.run(
-            [*command, *options],
-            check=True,
-            capture_output=True,
-            timeout=_LONGEST,
-            start_new_session=True,  # Ctrl-C is not for it (cpp_signals.py)
-        )
+        compilers.run([*command, *options], check=True, capture_output=True, timeout=_LONGEST)
 
     def alike(self) -> tuple[str, ...]:
         """The command without the names of files: what those compiled together have in common."""

@@ -85,3 +85,42 @@ def _compiles_a_kernel(process: int) -> bool:
         except psutil.Error:
             continue
     return False
+
+
+FORKS = """
+import os, sys, threading, time
+from optcpu.cpp_signals import compilers
+
+seconds = time.monotonic() + 8
+forked = []
+
+def forks():  # as loading processes are, by another thread
+    while time.monotonic() < seconds:
+        pid = os.fork()
+        if pid == 0:
+            time.sleep(30)
+            os._exit(0)
+        forked.append(pid)
+        time.sleep(0.001)
+        if len(forked) > 200:
+            break
+
+thread = threading.Thread(target=forks)
+thread.start()
+longest = 0.0
+while thread.is_alive():
+    begin = time.monotonic()
+    compilers.run([sys.executable, "-S", "-c", "print(1)"], capture_output=True, check=True, timeout=20)
+    longest = max(longest, time.monotonic() - begin)
+for pid in forked:
+    os.kill(pid, 9)
+assert longest < 15, longest
+print("nobody waited")
+"""
+
+
+def test_no_forked_process_keeps_a_compiler_from_ending() -> None:
+    done = subprocess.run(
+        [sys.executable, "-W", "ignore", "-c", FORKS], capture_output=True, text=True, timeout=100
+    )
+    assert done.stdout == "nobody waited\n", done.stderr
