@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -219,40 +220,35 @@ def test_a_clear_winner_ends_the_measuring(monkeypatch: pytest.MonkeyPatch) -> N
     assert called == ["best", "beaten"] * 31
 
 
-def test_a_busy_moment_does_not_decide(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Another program has the processor whenever the faster one runs, at first."""
-    now, calls = 0.0, 0
+def by_call(
+    monkeypatch: pytest.MonkeyPatch, seconds: dict[str, Callable[[int], float]]
+) -> dict[str, Callable[[], torch.Tensor]]:
+    """Runs that take what ``seconds`` says of their first, second, ... call, by a clock of their own."""
+    now = 0.0
 
-    def hit() -> torch.Tensor:
-        nonlocal now, calls
-        calls += 1
-        now += 0.004 if calls <= 5 else 0.001
-        return torch.zeros(1)
+    def run(name: str) -> Callable[[], torch.Tensor]:
+        calls = itertools.count(1)
 
-    def spared() -> torch.Tensor:
-        nonlocal now
-        now += 0.0015
-        return torch.zeros(1)
+        def work() -> torch.Tensor:
+            nonlocal now
+            now += seconds[name](next(calls))
+            return torch.zeros(1)
+
+        return work
 
     monkeypatch.setattr(gemm.time, "perf_counter", lambda: now)
-    assert gemm.measure({"hit": hit, "spared": spared}, preferred="spared") == "hit"
+    return {name: run(name) for name in seconds}
+
+
+def test_a_busy_moment_does_not_decide(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Another program has the processor whenever the faster one runs, at first."""
+    times = {"hit": lambda call: 0.004 if call <= 5 else 0.001, "spared": lambda call: 0.0015}
+    assert gemm.measure(by_call(monkeypatch, times), preferred="spared") == "hit"
 
 
 def test_a_long_first_run_is_not_held_against_a_kernel(monkeypatch: pytest.MonkeyPatch) -> None:
-    now, built = 0.0, False
-
-    def built_first() -> torch.Tensor:
-        nonlocal now, built
-        now, built = now + (0.02 if built else 0.22), True
-        return torch.zeros(1)
-
-    def steady() -> torch.Tensor:
-        nonlocal now
-        now += 0.09
-        return torch.zeros(1)
-
-    monkeypatch.setattr(gemm.time, "perf_counter", lambda: now)
-    assert gemm.measure({"built": built_first, "steady": steady}, preferred="steady") == "built"
+    times = {"built": lambda call: 0.22 if call == 1 else 0.02, "steady": lambda call: 0.09}
+    assert gemm.measure(by_call(monkeypatch, times), preferred="steady") == "built"
 
 
 def test_sizes_that_are_close_share_a_measurement() -> None:
