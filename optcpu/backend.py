@@ -18,7 +18,7 @@ import logging
 from collections.abc import Callable, Sequence
 from typing import Any
 
-from torch import Tensor, fx
+from torch import Tensor, fx, nn
 from torch._dynamo.exc import RestartAnalysis
 from torch._functorch import config as functorch_config
 from torch._functorch._aot_autograd.utils import make_boxed_func
@@ -34,10 +34,12 @@ from optcpu import cpp_ahead, random_numbers
 from optcpu.checks import check_flag
 from optcpu.composites import take_replaced_apart
 from optcpu.errors import CompileError, FallbackWarning, warn
+from optcpu.optim.in_backward import ExpectedGradients
 from optcpu.optim.weights import StoredWeight
 from optcpu.pipeline import Pipeline, default_passes, resolve_precision
 from optcpu.record import Fallback, GraphKind, GraphRun, Record, copy_graph
 from optcpu.remedies import DEPENDS_ON_DATA, cause_of, first_line, remedy_for
+from passes.hand_over import Origins, origins, receive
 from passes.indices import place_of
 
 logger = logging.getLogger(__name__)
@@ -58,6 +60,9 @@ class Backend:
 
     Attributes:
         parts_run: how often a captured part has run.
+        hands_over: whether backward graphs that are compiled from now on hand over the gradients of
+            parameters one by one; a gradient is accumulated then before the graph ends, and
+            ``torch.autograd.grad`` of parameters is refused.
     """
 
     def __init__(
@@ -75,6 +80,7 @@ class Backend:
         self.codegen = codegen
         self.record = record if record is not None else Record()
         self.parts_run = 0
+        self.hands_over = False
 
     def __call__(self, module: fx.GraphModule, example_inputs: Sequence[Any]) -> Callable[..., Any]:
         """Compile one captured graph; the calling convention of Dynamo's backends."""
@@ -85,8 +91,9 @@ class Backend:
         _give_plain_views(module)
         eager = fx.GraphModule(module, copy.deepcopy(module.graph))
         key = self.cache_key()
+        leaves = _parameters(module.graph) if self.hands_over else ()
         if key is not None:
-            key = f"{key} {_places(module.graph)}"
+            key = f"{key} {_places(module.graph)} {leaves}"
         patches: dict[str, Any] = {"joint_custom_pre_pass": _JointPasses(self, region, key)}
         if inductor_config.post_grad_custom_post_pass is None:
             patches["post_grad_custom_post_pass"] = _CacheKey(key)
@@ -107,7 +114,7 @@ class Backend:
                 compiled: Any = compile_fx(
                     module,
                     example_inputs,
-                    inner_compile=_GraphCompiler(self, region),
+                    inner_compile=_GraphCompiler(self, region, leaves),
                     config_patches=patches,
                     decompositions=_decompositions(),
                 )
@@ -119,6 +126,7 @@ class Backend:
         except Exception as error:
             self.fell_back(f"captured graph {region}", error)
             compiled = eager.forward
+            leaves = ()
 
         again = False
 
@@ -126,7 +134,11 @@ class Backend:
             nonlocal again
             self.parts_run += 1
             outputs = compiled(*inputs)
-            again = again or _allow_backward_again(outputs)
+            if leaves or not again:
+                node = _backward_of(outputs)
+                again = again or _allow_backward_again(node)
+                if leaves and node is not None:
+                    receive(node, ExpectedGradients({place: inputs[place] for place in leaves}))
             return outputs
 
         return run
@@ -211,6 +223,16 @@ def _give_plain_views(module: fx.GraphModule) -> None:
             module.recompile()
 
 
+def _parameters(graph: fx.Graph) -> tuple[int, ...]:
+    """Which inputs of a captured graph are parameters that are trained."""
+    values = [node.meta.get("example_value") for node in graph.find_nodes(op="placeholder")]
+    return tuple(
+        place
+        for place, given in enumerate(values)
+        if isinstance(given, nn.Parameter) and given.requires_grad and given.is_leaf
+    )
+
+
 def _places(graph: fx.Graph) -> str:
     """A hash of where the nodes are from, which errors tell: another place is another graph."""
     places = "\n".join(place_of(node) for node in graph.nodes)
@@ -261,11 +283,19 @@ class _KeepRandomNumbers(_CacheKey):
 
 
 class _GraphCompiler:
-    """Compiles one partitioned graph: the split passes, then Inductor."""
+    """Compiles one partitioned graph: the split passes, then Inductor.
 
-    def __init__(self, backend: Backend, region: int) -> None:
+    Args:
+        backend: whose passes run.
+        region: the captured graph's number.
+        leaves: the inputs of that graph whose gradients are handed over.
+    """
+
+    def __init__(self, backend: Backend, region: int, leaves: Sequence[int]) -> None:
         self._backend = backend
         self._region = region
+        self._leaves = leaves
+        self._saved: Origins = {}
         self._forward_is_eager = False
 
     def __call__(
@@ -273,6 +303,8 @@ class _GraphCompiler:
     ) -> Any:
         kind = _kind(options)
         graph_run = GraphRun(self._region, kind)
+        if kind == "forward":
+            self._saved = origins(module.graph)
         self._backend.run_passes(module, "split", graph_run)
         eager = _boxed(fx.GraphModule(module, copy.deepcopy(module.graph)))
         draws_anew = kind == "backward" and random_numbers.are_made_of_seeds(module.graph)
@@ -289,7 +321,7 @@ class _GraphCompiler:
                     graph_run.blocks = passes.share_blocks(twin)
                 return _boxed(module)
             with cpp_ahead.kernels_compiled_as_written():
-                compiled = _generate(module, example_inputs, options, graph_run)
+                compiled = _generate(module, example_inputs, options, graph_run, self._rewrite_last)
         except Exception as error:
             if draws_anew:
                 raise CompileError(
@@ -307,24 +339,38 @@ class _GraphCompiler:
             compiled._fx_graph_cache_key = None  # type: ignore[attr-defined]
         return compiled
 
+    def _rewrite_last(self, graph: fx.Graph) -> None:
+        """Rewrite what has found its final form: neither passes nor blocks know these operators."""
+        if self._leaves:
+            passes.hand_over_gradients(graph, self._leaves, self._saved)
+
 
 def _generate(
     module: fx.GraphModule,
     example_inputs: Sequence[Any],
     options: dict[str, Any],
     graph_run: GraphRun,
+    rewrite_last: Callable[[fx.Graph], None],
 ) -> Any:
-    """Generate code: once for blocks that are equal, where Inductor can take that."""
+    """Generate code: once for blocks that are equal, where Inductor can take that.
+
+    Args:
+        rewrite_last: edits the graph just before code is generated for it.
+    """
     whole = copy_graph(module.graph)
     try:
         view_to_reshape(module)  # Inductor does this as well, but not to the graphs of blocks
         graph_run.blocks = passes.share_blocks(module)
         if graph_run.blocks:
+            rewrite_last(module.graph)
+            module.recompile()
             return compile_fx_inner(module, example_inputs, **options)
     except Exception as error:
         logger.debug("equal blocks are compiled each by itself: %s", error)
         graph_run.blocks = []
         module.graph = whole
+    rewrite_last(module.graph)
+    module.recompile()
     return compile_fx_inner(module, example_inputs, **options)
 
 
@@ -341,24 +387,40 @@ def _boxed(module: fx.GraphModule) -> Callable[..., Any]:
     return make_boxed_func(module.forward)  # type: ignore[no-any-return]
 
 
-def _allow_backward_again(outputs: Sequence[Any]) -> bool:
+def _backward_of(outputs: Sequence[Any]) -> Any:
+    """The node of autograd that runs the compiled backward on which ``outputs`` hang; None if none does."""
+    nodes = [output.grad_fn for output in outputs if isinstance(output, Tensor)]
+    for _ in range(_LONGEST_CHAIN_OF_VIEWS):
+        for node in nodes:
+            if _metadata(node) is not None:
+                return node
+        nodes = [before for node in nodes if node for before, _ in node.next_functions]
+    return None
+
+
+def _metadata(node: Any) -> Any:
+    """What PyTorch has noted of a compiled graph, if ``node`` runs the backward of one."""
+    metadata = getattr(getattr(node, "_forward_cls", None), "metadata", None)
+    return metadata if hasattr(metadata, "bw_donated_idxs") else None
+
+
+def _allow_backward_again(node: Any) -> bool:
     """Let ``backward(retain_graph=True)`` run, whatever backward was run first.
 
     A graph compiled without donated buffers has None noted for them, and PyTorch 2.8 to 2.13 compare
     that with the empty list when a backward is to keep its graph.
 
+    Args:
+        node: runs a compiled backward; None if there is none.
+
     Returns:
-        Whether ``outputs`` hang on a compiled backward.
+        Whether there is one.
     """
-    nodes = [output.grad_fn for output in outputs if isinstance(output, Tensor)]
-    for _ in range(_LONGEST_CHAIN_OF_VIEWS):
-        for node in nodes:
-            metadata = getattr(getattr(node, "_forward_cls", None), "metadata", None)
-            if metadata is not None and hasattr(metadata, "bw_donated_idxs"):
-                metadata.bw_donated_idxs = metadata.bw_donated_idxs or []
-                return True
-        nodes = [before for node in nodes if node for before, _ in node.next_functions]
-    return False
+    metadata = _metadata(node)
+    if metadata is None:
+        return False
+    metadata.bw_donated_idxs = metadata.bw_donated_idxs or []
+    return True
 
 
 def _kind(options: dict[str, Any]) -> GraphKind:

@@ -24,6 +24,8 @@ from optcpu.errors import OptcpuError, warn
 from optcpu.hooks import hooks_of, hooks_of_all_modules, hooks_registered
 from optcpu.layout import Layout, checked_layout, keep_packed
 from optcpu.memory import reuse_memory
+from optcpu.optim import in_backward
+from optcpu.optim.in_backward import is_updated_in_backward
 from optcpu.optim.storing import restore_weights
 from optcpu.optim.weights import StoredWeight
 from optcpu.pipeline import Pipeline, Precision, default_passes, resolve_precision
@@ -261,7 +263,7 @@ class CompiledCall:
         self._needs_autocast = needs_autocast(model, settings.precision)
         self._given_up = False
         self._hooks: set[int] | None = None  # looked for with the first call
-        self._hooks_looked_for_at = -1
+        self._looked_at = -1
         self._guards_hooks = self._told_of_hooks = False
         cpp_ahead.prepare_compiler()  # in a thread, until the first call needs it
         self.compile_anew()
@@ -309,8 +311,8 @@ class CompiledCall:
         if hooks_of_all_modules():
             self._tell_of_hooks_of_all_modules()
             return self._eager(*args, **kwargs)
-        if not self._guards_hooks and hooks_registered() != self._hooks_looked_for_at:
-            self._look_for_hooks()
+        if _registrations() != self._looked_at:
+            self._look_for_registrations()
         run_before = self.backend.parts_run
         if self._stored is None:
             self._stored = [p for p in self._model.parameters() if isinstance(p, StoredWeight)]
@@ -331,17 +333,35 @@ class CompiledCall:
         self._given_up = True
         return result
 
-    def _look_for_hooks(self) -> None:
-        """Compile anew once there are hooks that what is compiled may not have.
+    def _look_for_registrations(self) -> None:
+        """Compile anew if what is compiled does not fit the hooks, or updates in backward, of now."""
+        self._looked_at = _registrations()
+        if self._has_new_hooks() | self._changes_handing_over():
+            self.compile_anew()
+
+    def _has_new_hooks(self) -> bool:
+        """Whether there are hooks that what is compiled may not have.
 
         From then on Dynamo looks for hooks with every call. That takes up to a third of the time of a
         call, which a model whose hooks stay what they are does not spend.
         """
+        if self._guards_hooks:
+            return False
         before, self._hooks = self._hooks, hooks_of(self._model)
-        self._hooks_looked_for_at = hooks_registered()
-        if before is not None and self._hooks - before:
-            self._guards_hooks = True
-            self.compile_anew()
+        self._guards_hooks = before is not None and bool(self._hooks - before)
+        return self._guards_hooks
+
+    def _changes_handing_over(self) -> bool:
+        """Whether backward graphs shall hand over gradients from now on, and did not, or the reverse."""
+        parameters = list(self._model.parameters())
+        wanted = any(map(is_updated_in_backward, parameters)) and not any(
+            parameter._backward_hooks for parameter in parameters
+        )  # hooks want the gradient before anybody has it
+        # Evaluation behind the training is not worth compiling anew.
+        if wanted == self.backend.hands_over or not (wanted or torch.is_grad_enabled()):
+            return False
+        self.backend.hands_over = wanted
+        return True
 
     def _tell_of_hooks_of_all_modules(self) -> None:
         if not self._told_of_hooks:
@@ -362,6 +382,11 @@ class CompiledCall:
         has_parameters = next(self._model.parameters(), None) is not None
         if reasons and has_parameters and not has_recurrent_layers(self._model):
             self.backend.fell_back("the model", RuntimeError(reasons[0]))
+
+
+def _registrations() -> int:
+    """A number that grows whenever a hook, or an update in the backward pass, comes, or the latter goes."""
+    return hooks_registered() + in_backward.changes()
 
 
 def _frames_tried() -> int:

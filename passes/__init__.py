@@ -10,6 +10,7 @@ from passes.convolution import SubsampleForWeightGradient
 from passes.cross_entropy import ChunkCrossEntropy
 from passes.embedding import AddEmbeddingGradient
 from passes.halves import GradientsInBf16, ReadUpperHalves
+from passes.hand_over import hand_over_gradients
 from passes.indices import CheckIndices
 from passes.linear import FuseLinear, RouteProducts
 from passes.linear_backward import FuseLinearBackward
@@ -48,6 +49,7 @@ __all__ = [
     "UnfoldAttentionBackward",
     "as_pass",
     "cache_key",
+    "hand_over_gradients",
     "lower",
     "share_blocks",
 ]

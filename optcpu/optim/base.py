@@ -124,9 +124,11 @@ class StoredOptimizer(Optimizer, ABC):
 
         The training loop stays what it is, ``step()`` included: it ends the step, and updates what
         has a gradient still. The result is the same, bit for bit, but gradients are never there all at
-        once, as far as ``backward()`` computes them one after the other; a model that is compiled as
-        one graph hands them over together, at the end. Whatever looks at gradients between
-        ``backward()`` and ``step()`` (clipping, logging, unscaling) finds none.
+        once. A model of :func:`optcpu.optimize` is compiled anew for it, so that its backward graph hands
+        each gradient over as soon as it is complete (not so with PyTorch 2.8, where graphs hand them
+        over together, at their end). Whatever looks at gradients between ``backward()`` and ``step()``
+        (clipping, logging, unscaling) finds none, and ``torch.autograd.grad`` of such a model's
+        parameters is refused.
 
         Args:
             accumulation_steps: backward passes that belong to one step.
