@@ -14,7 +14,7 @@ import sys
 from collections.abc import Sequence
 
 from optcpu.commands import bench, compare, doctor, inspect, train
-from optcpu.errors import OptcpuError
+from optcpu.errors import OptcpuError, notes_of
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -51,11 +51,18 @@ def main(argv: Sequence[str] | None = None) -> int:
             raise
         print(f"optcpu: {_one_line(error)}", file=sys.stderr)
         return 2
+    except Exception as error:
+        if arguments.traceback or not notes_of(error):  # which errors of the user's code have
+            raise
+        what = f"{type(error).__name__}: {_one_line(error)}"
+        print(f"optcpu: {what} (--traceback shows where it comes from)", file=sys.stderr)
+        return 2
     return status
 
 
 def _one_line(error: Exception) -> str:
-    return " ".join(str(error).split()) or type(error).__name__
+    told = " ".join([str(error), *notes_of(error)])
+    return " ".join(told.split()) or type(error).__name__
 
 
 def _parser() -> argparse.ArgumentParser:

@@ -22,6 +22,19 @@ class FallbackWarning(UserWarning):
     """A part of the model runs eagerly; training goes on with the right numbers."""
 
 
+def add_note(error: BaseException, note: str) -> None:
+    """Let an error that is not ours tell more: in its traceback, and from the command line.
+
+    As ``error.add_note(note)``, which Python 3.10 has not.
+    """
+    error.__notes__ = [*notes_of(error), note]  # type: ignore[attr-defined]
+
+
+def notes_of(error: BaseException) -> list[str]:
+    """What was added to ``error``."""
+    return getattr(error, "__notes__", [])
+
+
 _NOT_THE_USERS = {"optcpu", "passes", "torch", "contextlib"}
 
 

@@ -11,6 +11,8 @@ from typing import Any
 
 from torch import nn
 
+from optcpu.errors import add_note
+
 
 def find_factory(name: str) -> tuple[ModuleType, Callable[..., Any]]:
     """The function that ``name`` stands for, and its module.
@@ -80,7 +82,11 @@ def call_factory(factory: Callable[..., Any], name: str, given: dict[str, int]) 
             f"{name} needs a value for {', '.join(missing)}; it is called with batch_size (where "
             "one was asked for) and seed only, so give its parameters defaults"
         )
-    return factory(**arguments)
+    try:
+        return factory(**arguments)
+    except Exception as error:
+        add_note(error, f"It comes from {name}().")
+        raise
 
 
 def nearest(name: str, known: Iterable[str]) -> str:

@@ -3,11 +3,32 @@
 from __future__ import annotations
 
 import contextlib
+import errno
 import os
 from os import PathLike
 from pathlib import Path
 
 from optcpu.errors import OptcpuError
+
+_DISK_IS_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+_NOT_ALLOWED = (errno.EACCES, errno.EPERM, errno.EROFS)
+_NO_FOLDER = (errno.EEXIST, errno.ENOTDIR)
+
+
+def remedy_for_folder(error: OSError, needs: str = "") -> str:
+    """What to do about a folder that cannot be written to.
+
+    Args:
+        error: of the system.
+        needs: a remark on the room that is needed, behind "Free some space there".
+    """
+    if error.errno in _DISK_IS_FULL:
+        return f"Free some space there{needs}, or give another folder"
+    if error.errno in _NOT_ALLOWED:
+        return "Give a folder that you may write to"
+    if error.errno in _NO_FOLDER:
+        return "It must be a folder; move the file of that name away, or give another path"
+    return "Give another folder"
 
 
 def path_for(path: str | PathLike[str], writer: str, content: str, *suffixes: str) -> Path:

@@ -139,7 +139,8 @@ def optimize(
         dynamic: as in :func:`torch.compile`: None compiles a size anew once when it changes and then for
             all sizes, True for all sizes from the start, False for each size.
         activation_memory: how much of the memory that activations take between forward and backward may
-            be used, from 0 to 1: 1 keeps them all, 0 keeps the inputs alone and computes the rest anew.
+            be used, from 0 to 1: 1 keeps them all, 0 keeps the inputs alone and computes the rest anew,
+            at once when the backward begins, which is not where the peak is lowest (at about 0.1 it is).
             Between the two the compiler chooses what is cheapest to compute anew.
         weights: how the optimizer stores weights of two dimensions or more: ``"fp32"``; ``"split"`` is a
             BF16 half to compute with and another half that makes it the exact FP32 weight, 4 bytes in

@@ -80,6 +80,8 @@ class Finisher:
             if before is not None:
                 freezer.load_state_dict(before)
             raise _failure(run, "freezer", error) from error
+        for event in freezer.events[events:]:
+            self._reporter.frozen(event)
         if len(freezer.events) > events:  # all go on with the statistics that are saved
             run.world.share_from_first(buffers_of(run.model, run.loss).values())
 

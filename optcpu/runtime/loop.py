@@ -109,6 +109,7 @@ class Loop:
     def _go(self) -> str | None:
         self._finish_last_step()
         while True:
+            self._note_what_waits()
             if self._validation_is_due():
                 self.validate()
             self.saver.save_if_due(ended=self._ended())
@@ -268,12 +269,24 @@ class Loop:
         (wanted,) = self._run.world.sum_numbers(float(self._stop.by is not None))
         return wanted > 0
 
-    def _validation_is_due(self) -> bool:
+    def _note_what_waits(self) -> None:
+        """Note what is due where processes have not met, who do not send their weights for its sake."""
+        if self._runner.has_met:
+            return
+        waits = self._run.position.waits
+        due = {"validation": self._is_time_to_validate(), "checkpoint": self.saver.is_time()}
+        waits += [what for what, is_due in due.items() if is_due and what not in waits]
+
+    def _is_time_to_validate(self) -> bool:
         every, position = self._options.validate_every, self._run.position
+        return position.epoch_ended if every is None else position.step % every == 0
+
+    def _validation_is_due(self) -> bool:
+        position = self._run.position
         if self._validation is None or position.step == 0 or position.validated == position.step:
             return False
-        on_time = position.epoch_ended if every is None else position.step % every == 0
-        return on_time or self._finished()
+        is_time = self._is_time_to_validate() or "validation" in position.waits
+        return (is_time and self._runner.has_met) or self._finished()
 
     def validate(self) -> dict[str, float] | None:
         """Validate now, and let early stopping and schedule know; None if interrupted.
@@ -302,6 +315,7 @@ class Loop:
                 run.buffers.put_back()
                 run.unsaved.set_generators(generators)
         position.validated, position.metrics = position.step, results
+        position.waits = [what for what in position.waits if what != "validation"]
         self.saver.more_has_happened()
         if run.stopper is not None:
             position.stop_reason = run.stopper.reason_to_stop(results)

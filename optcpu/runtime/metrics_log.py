@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from optcpu.errors import OptcpuError, warn
-from optcpu.files import replace
+from optcpu.files import remedy_for_folder, replace
 
 COLUMNS = ("step", "epoch", "phase", "name", "value")
 
@@ -51,10 +51,7 @@ class MetricsLog:
                 self._set_aside_earlier_run()
             self._keep_rows_until(after_step, told)
         except OSError as error:
-            raise OptcpuError(
-                f"cannot write metrics into {folder}: {error.strerror}; make room there and see that it "
-                "may be written to, or choose another folder for the log"
-            ) from error
+            raise _cannot_write(folder, error) from error
         self._writer = _tensorboard_writer(folder, after_step) if tensorboard else None
 
     def _set_aside_earlier_run(self) -> None:
@@ -132,8 +129,7 @@ def _append(path: Path, text: str) -> None:
 
 def _cannot_write(path: Path, error: OSError) -> OptcpuError:
     return OptcpuError(
-        f"cannot write metrics to {path}: {error.strerror}; make room there and see that it may be "
-        "written to, or choose another folder for the log"
+        f"cannot write metrics to {path}: {error.strerror}. {remedy_for_folder(error)}"
     )
 
 

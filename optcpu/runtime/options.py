@@ -27,6 +27,20 @@ def _folder(path: Path) -> Path:
 Folder = Annotated[Path, Field(strict=False), AfterValidator(_folder)]
 
 
+_NOT_A_GROUP = ("model_type", "model_attributes_type", "dict_type")  # pydantic's words
+# What settings are called elsewhere.
+_USUAL = {
+    "learning_rate": "lr",
+    "wd": "weight_decay",
+    "max_epochs": "epochs",
+    "num_epochs": "epochs",
+    "max_steps": "steps",
+    "num_workers": "workers",
+    "gradient_accumulation_steps": "accumulation_steps",
+    "accumulate_grad_batches": "accumulation_steps",
+    "gradient_clip_val": "max_grad_norm",
+    "clip_grad_norm": "max_grad_norm",
+}
 _EXPECTED = "; input should be "  # pydantic's words
 _MOST_THREADS = 1024  # or processes: more end the process before anything can be told
 
@@ -228,7 +242,8 @@ class TrainerOptions(Options):
         compress_gradients: send gradients to other processes as BF16, half the bytes.
         local_steps: optimizer steps that each process makes by itself before all average their weights
             (local SGD); None adds up the gradients in each step. With Lookahead, this is its ``k``, and
-            the averaged weights move the slow ones.
+            the averaged weights move the slow ones. Validations and checkpoints that are due in between
+            wait until then.
         progress: show progress on stderr; None shows a bar on a terminal and a line now and then
             elsewhere.
     """
@@ -362,7 +377,7 @@ def _problem(kind: type[Options], error: dict[str, Any]) -> str:
     name = ".".join(path)
     if error["type"] == "extra_forbidden":
         known = _names_at(kind, path[:-1])
-        near = [*_groups_with(kind, path), *difflib.get_close_matches(path[-1], known, n=1)]
+        near = [*_groups_with(kind, path), *_like(path[-1], known)]
         hint = f"did you mean {near[0]!r}?" if near else f"known are {', '.join(known)}"
         return f"there is no setting {name!r}; {hint}"
     if error["type"] == "value_error" and not path:
@@ -372,9 +387,22 @@ def _problem(kind: type[Options], error: dict[str, Any]) -> str:
     if error["type"] == "missing" and len(path) < len(error["loc"]):
         return f"{name} is {error['input']!r}; it has too few values"
     if error["type"] == "missing":
-        return f"{name} is missing: it is required beside the other settings of its group"
+        return f"{name} is missing: it is required{_beside(path)}"
+    if error["type"] in _NOT_A_GROUP:
+        names = ", ".join(_names_at(kind, path))
+        return f"{name} is {error['input']!r}; it is a group of settings: {names}"
     message = str(error["msg"])
     return f"{name} is {error['input']!r}; {message[:1].lower()}{message[1:]}"
+
+
+def _beside(path: list[str]) -> str:
+    return " beside the other settings of its group" if len(path) > 1 else ""
+
+
+def _like(name: str, known: list[str]) -> list[str]:
+    """The setting of those that are known which ``name`` may stand for."""
+    usual = [_USUAL[name]] if _USUAL.get(name) in known else []
+    return usual or difflib.get_close_matches(name, known, n=1)
 
 
 def _groups_with(kind: type[Options], path: list[str]) -> list[str]:

@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import contextlib
+import logging
 import math
 import time
 from typing import Any
 
 from optcpu.runtime.display import Display
 from optcpu.runtime.events import tell
+from optcpu.runtime.freezing import freezer
+from optcpu.runtime.freezing.freezer import FreezeEvent
 from optcpu.runtime.metrics_log import MetricsLog
 from optcpu.runtime.options import LogOptions, TrainerOptions
 from optcpu.runtime.run import Position, Run
@@ -82,6 +85,11 @@ class Reporter:
         if position.step % self._interval == 0:
             self._end_interval(row)
         tell(run, self._trainer, "on_step_end", row)
+
+    def frozen(self, event: FreezeEvent) -> None:
+        """Tell of what was frozen, or was not."""
+        if not freezer.logger.isEnabledFor(logging.INFO):  # else that has told it
+            self._display.message(str(event))
 
     def log_what_is_due(self) -> None:
         """Write the row that is not in the log yet, because a callback or the disk was in the way."""

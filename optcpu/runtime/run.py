@@ -57,6 +57,8 @@ class Position:
             (:func:`optcpu.runtime.events.tell`).
         bad_steps: how many steps in a row were bad.
         regular_save: the step of the last checkpoint that a run without interruption has, too.
+        waits: what was due while processes made steps by themselves, and is done when they have met:
+            ``"validation"``, ``"checkpoint"``.
         stop_reason: why the run has ended before its time.
         losses: of the steps since the last row of the log.
     """
@@ -74,6 +76,7 @@ class Position:
     untold: dict[str, Any] | None = None
     bad_steps: int = 0
     regular_save: int = -1
+    waits: list[str] = field(default_factory=list)
     stop_reason: str | None = None
     losses: list[float] = field(default_factory=list)
 

@@ -68,13 +68,19 @@ class Saver:
         """Write a checkpoint if it is time to, or if the run has ``ended``."""
         if self._folder is None or not self.changed:
             return
-        on_time = self._is_time() and self._run.position.step != self._saved
+        on_time = self._is_regular() and self._run.position.step != self._saved
         if on_time or self.found_better or ended:
             self.save("on time")
 
-    def _is_time(self) -> bool:
+    def is_time(self) -> bool:
+        """Whether the interval between checkpoints is over; where processes have not met, it waits."""
         every, position = self._options.checkpoint_interval, self._run.position
         return position.epoch_ended if every is None else position.step % every == 0
+
+    def _is_regular(self) -> bool:
+        """Whether a run without interruption would write a checkpoint here."""
+        is_time = self.is_time() or "checkpoint" in self._run.position.waits
+        return is_time and self._runner.has_met
 
     def save_first(self) -> None:
         """Write a checkpoint to roll back to, where there is none yet."""
@@ -109,8 +115,9 @@ class Saver:
             if not alone:
                 self._runner.meet()
             self.refuse_broken_weights()
-            if why in ("on time", "first") or self._is_time():
+            if why in ("on time", "first") or self._is_regular():
                 position.regular_save = position.step
+                position.waits = [what for what in position.waits if what != "checkpoint"]
             state = run.state_dict(alone=alone)
             if run.world.first:
                 keep = position.regular_save if self._options.on_nan == "rollback" else None
@@ -154,9 +161,10 @@ class Saver:
         try:
             self.save("rescue", alone=True)
         except Exception as problem:  # the first error is the one to tell
-            logger.warning(
-                "the state of step %s could not be saved: %s", run.position.step, problem
-            )
+            if str(problem) != str(error):  # else it is this one
+                logger.warning(
+                    "the state of step %s could not be saved: %s", run.position.step, problem
+                )
         else:
             self._display.message(
                 f"step {run.position.step} is saved; then: {type(error).__name__}"

@@ -33,7 +33,9 @@ class StopRequest:
         """Whether someone wants it now or in a moment: others may have met the same signal before."""
         end = time.monotonic() + _AT_ONCE_S
         while self.by is None and time.monotonic() < end:
-            time.sleep(0.01)
+            # PyTorch raises in whatever runs when a process that loads data has died.
+            with contextlib.suppress(RuntimeError):
+                time.sleep(0.01)
         return self.by is not None
 
     @contextlib.contextmanager

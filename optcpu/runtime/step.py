@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from optcpu.errors import OptcpuError
+from optcpu.errors import OptcpuError, add_note
 from optcpu.measure.batches import Batch, Loss, as_batch, describe_call, units_in
 from optcpu.optim.lookahead import Lookahead
 from optcpu.runtime.objective import objective
@@ -143,8 +143,9 @@ class StepRunner:
         batch = step.batches[step.done]
         try:
             loss = self._objective(batch)
-        except ValueError as error:
+        except Exception as error:
             if _TOO_FEW not in str(error):
+                add_note(error, f"The model or its loss failed; {describe_call(batch)}.")
                 raise
             raise OptcpuError(
                 f"batch norm needs two samples or more, and {describe_call(batch)} has too few: leave an "

@@ -29,7 +29,7 @@ from optcpu.runtime.callbacks import Callback
 from optcpu.runtime.checkpoint.folder import CheckpointFolder
 from optcpu.runtime.checkpoint.format import Checkpoint
 from optcpu.runtime.data.loading import Feed, evaluation_batches
-from optcpu.runtime.data.sources import parts_of
+from optcpu.runtime.data.sources import parts_of, warn_if_not_exact
 from optcpu.runtime.display import Display
 from optcpu.runtime.freezing.freezer import DynamicFreezer
 from optcpu.runtime.loop import Loop
@@ -182,6 +182,8 @@ class Trainer:
             rank=self._world.rank,
             world_size=self._world.size,
         )
+        if self.options.checkpoints is not None:
+            warn_if_not_exact(train_data)
         self._validation: Callable[[], Iterable[Batch]] | None = None
         if validation_data is not None:
             self._validation = evaluation_batches(
@@ -206,6 +208,11 @@ class Trainer:
         self._stop = StopRequest()
         self._run: Run | None = None
         self._begun = False
+
+    @property
+    def freezer(self) -> DynamicFreezer | None:
+        """What freezes layers, and knows in ``events`` what it has done and declined; None without it."""
+        return self._freezer
 
     @property
     def is_first_process(self) -> bool:

@@ -9,6 +9,7 @@ from typing import Any, Protocol, TypeAlias, runtime_checkable
 
 import torch
 from torch import Tensor, nn
+from torch.nn.functional import cross_entropy
 
 from optcpu.errors import OptcpuError
 from optcpu.measure.batches import (
@@ -21,6 +22,7 @@ from optcpu.measure.batches import (
     units_in,
 )
 from optcpu.random_state import random_state_kept
+from optcpu.runtime.data.loading import told
 from optcpu.runtime.modes import modes_kept
 
 
@@ -52,6 +54,9 @@ class Accuracy:
     segmentation, ``[batch, classes, ...]`` for ``[batch, ...]``, whichever the shape of the target says
     (the latter, as in PyTorch's cross entropy, where both would fit four or more dimensions). Logits of
     the target's own shape, or with one class, are of two classes: positive is class 1.
+
+    Of a causal language model whose loss moves the labels by one (Hugging Face's do), :func:`validate`
+    compares the logits of a token with the label of the next one, for every metric but functions.
     """
 
     def __init__(self) -> None:
@@ -153,26 +158,33 @@ def validate(
         None if it was interrupted.
 
     Raises:
-        OptcpuError: there is no batch, or no target in it for a metric that needs one.
+        OptcpuError: there is no batch, or it cannot be drawn, or has no target for a metric that needs one.
         TypeError: a metric gives something else than a number.
     """
     sums: dict[str, float] = dict.fromkeys(("loss", *_functions(metrics)), 0.0)
     samples = 0
+    predicts_next: bool | None = None  # the first batch tells
     accumulating = {n: m for n, m in metrics.items() if isinstance(m, AccumulatingMetric)}
     for metric in accumulating.values():
         metric.reset()
     with torch.no_grad(), random_state_kept(), modes_kept(model, loss) as modules:
         for module in modules:
             module.training = False
-        for raw in batches:
+        for raw in _drawn(batches):
             batch = as_batch(tuple(raw) if isinstance(raw, list) else raw)
             size = size_of(batch)
             output = call_model(model, batch)
             sums["loss"] += _number("loss", loss(output, batch)) * size
             for name, function in _functions(metrics).items():
                 sums[name] += _number(name, function(output, batch)) * size
-            for metric in accumulating.values():
-                metric.update(predictions_of(output), target_of(batch))
+            if accumulating:
+                predictions, target = predictions_of(output), target_of(batch)
+                if predicts_next is None:
+                    predicts_next = _predicts_next(output, predictions, target)
+                if predicts_next:
+                    predictions, target = predictions[:, :-1], target[:, 1:]
+                for metric in accumulating.values():
+                    metric.update(predictions, target)
             samples += size
             if interrupted():
                 return None
@@ -183,6 +195,39 @@ def validate(
         with _of_this_process(metric):
             results |= _results(name, metric.compute())
     return results
+
+
+def _drawn(batches: Iterable[Batch]) -> Iterator[Batch]:
+    """The batches; an error of theirs says which one it was."""
+    number = 0
+    try:
+        for batch in batches:
+            yield batch
+            number += 1
+    except OptcpuError:
+        raise
+    except Exception as error:
+        raise OptcpuError(
+            f"the validation data failed at batch {number} (counted from 0): {told(error)}"
+        ) from error
+
+
+def _predicts_next(output: Any, logits: Tensor, target: Tensor) -> bool:
+    """Whether the logits of a token are about the token behind it, as in causal language models.
+
+    Those of Hugging Face take labels that are the inputs, and move them within the model. What its own
+    loss is that of tells.
+    """
+    own = output.get("loss") if isinstance(output, Mapping) else getattr(output, "loss", None)
+    if not isinstance(own, Tensor) or own.numel() != 1 or target.is_floating_point():
+        return False
+    if target.dim() != 2 or logits.dim() != 3 or logits.shape[:2] != target.shape:
+        return False
+    in_place, moved = (
+        abs(float(cross_entropy(scores.flatten(0, 1).float(), labels.flatten()) - own))
+        for scores, labels in ((logits, target), (logits[:, :-1], target[:, 1:]))
+    )
+    return moved < in_place
 
 
 @contextmanager

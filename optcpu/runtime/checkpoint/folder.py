@@ -32,6 +32,7 @@ from typing import IO, Any, overload
 import psutil
 
 from optcpu.errors import OptcpuError, warn
+from optcpu.files import remedy_for_folder
 from optcpu.runtime.checkpoint.format import (
     Checkpoint,
     Contents,
@@ -48,9 +49,6 @@ _BEST_DRAFT = ".best.json.new"
 _UNKNOWN = -1  # number of a checkpoint whose manifest is damaged
 _PATIENCE = 60.0  # seconds to wait for another process that saves
 
-_DISK_IS_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
-_NOT_ALLOWED = (errno.EACCES, errno.EPERM, errno.EROFS)
-_NO_FOLDER = (errno.EEXIST, errno.ENOTDIR)
 _NO_LOCKS = (errno.ENOLCK, errno.EOPNOTSUPP, errno.ENOSYS)
 
 
@@ -114,7 +112,7 @@ class CheckpointFolder:
         except OSError as error:
             raise OptcpuError(
                 f"cannot save step {step} in {self.path}: {error.strerror}; the checkpoints that were "
-                f"there are intact. {_remedy(error, contents.size)}"
+                f"there are intact. {remedy_for_folder(error, _room(contents.size))}"
             ) from error
         return target
 
@@ -225,7 +223,7 @@ class CheckpointFolder:
 
     def _cannot_keep(self, error: OSError) -> OptcpuError:
         return OptcpuError(
-            f"cannot keep checkpoints in {self.path}: {error.strerror}. {_remedy(error, 0)}"
+            f"cannot keep checkpoints in {self.path}: {error.strerror}. {remedy_for_folder(error)}"
         )
 
     def path_of(self, step: int) -> Path:
@@ -372,14 +370,8 @@ def _lock(file: IO[Any]) -> bool:
     return True
 
 
-def _remedy(error: OSError, size: int) -> str:
-    if error.errno in _DISK_IS_FULL:
-        return (
-            f"Free some space there (a checkpoint takes {size / 2**20:,.0f} MiB and is complete before "
-            "an older one is removed), or give another folder"
-        )
-    if error.errno in _NOT_ALLOWED:
-        return "Give a folder that you may write to"
-    if error.errno in _NO_FOLDER:
-        return "It must be a folder; move the file of that name away, or give another path"
-    return "Give another folder"
+def _room(size: int) -> str:
+    """How much a checkpoint of ``size`` bytes needs, as a remark."""
+    large = size >= 2**20
+    amount = f"{size / 2**20:,.0f} MiB" if large else f"{max(1, size // 2**10)} KiB"
+    return f" (a checkpoint takes {amount} and is complete before an older one is removed)"

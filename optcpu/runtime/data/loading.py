@@ -267,7 +267,7 @@ class Feed:
         except Exception as error:
             place = f"batch {self.batches_done} of epoch {self.epoch} (counted from 0)"
             self.put_back(before)
-            raise OptcpuError(f"the training data failed at {place}: {_told(error)}") from error
+            raise OptcpuError(f"the training data failed at {place}: {told(error)}") from error
         if self.batches_done == 0:
             raise OptcpuError(self._nothing())
         return taken
@@ -331,7 +331,7 @@ class Feed:
         except Exception as error:
             raise OptcpuError(
                 f"the training data failed on the way back to batch {self.batches_done} of epoch "
-                f"{self.epoch} (counted from 0): {_told(error)}"
+                f"{self.epoch} (counted from 0): {told(error)}"
             ) from error
 
     def _open(self) -> None:
@@ -390,7 +390,7 @@ def _is_dataset(data: Any) -> bool:
     return by_index and not isinstance(data, (Sequence, Mapping))
 
 
-def _told(error: Exception) -> str:
+def told(error: Exception) -> str:
     """Type and message of an error; of a worker's, which carries its traceback, the last line."""
     name, lines = type(error).__name__, str(error).strip().splitlines()
     if lines and lines[0].startswith("Caught "):

@@ -358,9 +358,15 @@ def _workers_live_on(batches: Any) -> bool:
     )
 
 
+def warn_if_not_exact(batches: Any) -> None:
+    """Warn where a run that will be interrupted could not be gone on with to the bit."""
+    if _workers_live_on(batches):
+        _warn_of_workers()
+
+
 def _warn_of_workers() -> None:
     warn(
-        "the loader has persistent_workers=True: random augmentation in its worker processes does not go "
-        "on as it would have without the interruption. Remedy: persistent_workers=False from the start, "
-        "or give the dataset in place of the loader"
+        "the loader has persistent_workers=True: where a run is interrupted and gone on with, random "
+        "augmentation in the worker processes does not go on as it would have. Remedy: "
+        "persistent_workers=False from the start, or give the dataset in place of the loader"
     )

@@ -310,7 +310,10 @@ def _mapped(path: Path, dtype: npt.DTypeLike | None) -> npt.NDArray[Any]:
             f"there is no file {path}; remedy: write one with tokenize_files()"
         ) from error
     except (OSError, ValueError, EOFError) as error:
-        raise OptcpuError(f"cannot read tokens from {path}: {error}") from error
+        raise OptcpuError(
+            f"cannot read tokens from {path}: {error}. Remedy: write the file anew with tokenize_files(), "
+            "or give one that is complete"
+        ) from error
     if path.suffix.lower() == ".npy" and dtype is not None and tokens.dtype != np.dtype(dtype):
         raise OptcpuError(f"{path} holds {tokens.dtype}, not {np.dtype(dtype)}: leave dtype out")
     if tokens.ndim != 1 or tokens.dtype not in _DTYPES:

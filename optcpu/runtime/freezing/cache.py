@@ -37,8 +37,9 @@ class PrefixCache:
         computed: how many samples went through ``prefix`` so far.
 
     Raises:
-        ValueError: ``prefix`` holds parameters that require gradients, or dropout or batch
-            normalisation in training mode; or ``max_bytes`` is negative.
+        ValueError: ``prefix`` holds parameters that require gradients, or something random (dropout,
+            also within attention and recurrent layers) or batch normalisation in training mode; or
+            ``max_bytes`` is negative. Random operators in a ``forward`` of the user's own are not seen.
     """
 
     def __init__(self, prefix: nn.Module, max_bytes: int = 1 << 30) -> None:
@@ -123,12 +124,17 @@ def _check_frozen(prefix: nn.Module) -> None:
 def _check_deterministic(prefix: nn.Module) -> None:
     _check_frozen(prefix)
     for name, module in prefix.named_modules():
-        if isinstance(module, (_DropoutNd, _NormBase)) and module.training and not _is_idle(module):
+        if module.training and _differs_in_training(module):
             raise ValueError(
                 f"{name!r} of the prefix is a {type(module).__name__} in training mode, whose outputs "
                 "differ from batch to batch: freeze with eval_frozen=True, or call prefix.eval()"
             )
 
 
-def _is_idle(module: nn.Module) -> bool:
-    return isinstance(module, _DropoutNd) and module.p == 0
+def _differs_in_training(module: nn.Module) -> bool:
+    """Whether a module in training mode gives a sample another output each time, or by its batch."""
+    if isinstance(module, _DropoutNd):
+        return module.p > 0
+    if isinstance(module, (nn.MultiheadAttention, nn.RNNBase)):
+        return module.dropout > 0
+    return isinstance(module, (_NormBase, nn.RReLU))

@@ -40,6 +40,12 @@ class FreezeEvent:
     fraction: float
     reason: str
 
+    def __str__(self) -> str:
+        return (
+            f"step {self.step}: {self.kind} {', '.join(self.blocks)}; "
+            f"{100 * self.fraction:.1f} % of the parameters are frozen: {self.reason}"
+        )
+
 
 class DynamicFreezer:
     """Freezes a growing prefix of a model's blocks by AutoFreeze's rule (arXiv 2102.01386).
@@ -129,7 +135,8 @@ class DynamicFreezer:
         self._progress = rules.Progress.start(len(self.blocks.blocks))
         self._observer = GradientObserver(optimizer, self.blocks.blocks, observe_every)
         self._costs = Costs(model, self.blocks, step_seconds, compile_seconds)
-        self._ticked = self._declined = 0
+        self._ticked = 0
+        self._declined: set[int] = set()
         self._put_to_eval: list[nn.Module] = []
         self._tell_what_stays_trained()
 
@@ -234,7 +241,7 @@ class DynamicFreezer:
             "progress": _listed(self._progress),
             "observer": self._observer.state_dict(),
             "ticked": self._ticked,
-            "declined": self._declined,
+            "declined": sorted(self._declined),
             "events": [_listed(event) for event in self.events],
         }
 
@@ -258,7 +265,8 @@ class DynamicFreezer:
         self._progress = progress
         self._observer.load_state_dict(state["observer"])
         self._ticked = state.get("ticked", self.steps)  # checkpoints once were without
-        self._declined = state["declined"]
+        declined = state["declined"]
+        self._declined = {declined} if isinstance(declined, int) else set(declined)  # one, once
         self.events = [FreezeEvent(**_tupled(event)) for event in state["events"]]
         self.keep_modes()
 
@@ -288,9 +296,9 @@ class DynamicFreezer:
         )
         if payback.seconds > 0:
             return self.freeze(count, f"{reason}; {payback}")
-        if count == self._declined:
+        if count in self._declined:
             return None  # told already; what remains has become less
-        self._declined = count
+        self._declined.add(count)
         return self._enter("decline", self.blocks.blocks[before.frozen : count], f"{payback}")
 
     def _set_frozen(self, count: int) -> None:
@@ -314,10 +322,7 @@ class DynamicFreezer:
         event = FreezeEvent(self.steps, kind, names, self.frozen_fraction, reason)
         self.events.append(event)
         self.keep_modes()
-        logger.info(
-            "step %d: %s %s; %.1f %% of the parameters are frozen: %s",
-            *(event.step, kind, ", ".join(names), 100 * event.fraction, reason),
-        )
+        logger.info("%s", event)
         return event
 
     def _tell_what_stays_trained(self) -> None:

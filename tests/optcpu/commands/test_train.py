@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -29,6 +30,12 @@ def make():
     inputs = torch.randn(64, 4)
     data = TensorDataset(inputs, (inputs.sum(1) > 0).long())
     return Slow(4, 2), data, data
+
+def make_wrong():
+    return (torch.nn.Linear(5, 2), *make()[1:])
+
+def make_none():
+    return 1 / 0
 """
 CONFIG = """
 job = "{module}:make"
@@ -95,6 +102,31 @@ def test_wrong_input_is_one_line(
     error = capsys.readouterr().err
     assert message in error
     assert len([line for line in error.splitlines() if line.startswith("optcpu: ")]) == 1
+
+
+@pytest.mark.parametrize(
+    ("factory", "message"),
+    [
+        (
+            "make_wrong",
+            r"RuntimeError: .*8x4 and 5x2.* failed; model\(float32\[8, 4\]\)\. .*--traceback",
+        ),
+        (
+            "make_none",
+            r"ZeroDivisionError: division by zero It comes from job_\d+:make_none\(\)\. ",
+        ),
+    ],
+)
+def test_an_error_of_the_users_code_is_one_line(
+    folder: Path, capsys: pytest.CaptureFixture[str], factory: str, message: str
+) -> None:
+    config = folder / "run.toml"
+    config.write_text(config.read_text().replace(":make", f":{factory}"))
+    assert main(["train", "--config", "run.toml", "--no-progress"]) == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert re.search(message, line)
+    with pytest.raises((RuntimeError, ZeroDivisionError)):
+        main(["train", "--config", "run.toml", "--no-progress", "--traceback"])
 
 
 @pytest.mark.slow

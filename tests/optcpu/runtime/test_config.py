@@ -45,7 +45,7 @@ def test_a_run_from_a_file(config_file: Path) -> None:
     trainer = make_trainer(read_config(config_file, {"progress": False}))
     assert trainer.options.optimizer.lookahead is not None
     assert trainer.options.optimizer.lookahead.k == 2
-    assert isinstance(trainer._freezer, DynamicFreezer)
+    assert isinstance(trainer.freezer, DynamicFreezer)
     result = trainer.train()
     assert (result.steps, result.epochs) == (6, 2)
     assert set(result.metrics) == {"loss"}

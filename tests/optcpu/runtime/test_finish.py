@@ -182,8 +182,20 @@ def test_a_freezer_that_fails(tmp_path: Path, at: int) -> None:
         run_in(tmp_path / "on", None, freezer=failing, epochs=4)[0].train()
     resumed, _ = run_in(tmp_path / "on", None, freezer=freezer, epochs=4)
     resumed.train()
-    assert whole._freezer is not None
-    assert resumed._freezer is not None
-    assert [event.step for event in whole._freezer.events] == [6]
-    assert resumed._freezer.events == whole._freezer.events
+    assert whole.freezer is not None
+    assert resumed.freezer is not None
+    assert [event.step for event in whole.freezer.events] == [6]
+    assert resumed.freezer.events == whole.freezer.events
     assert_equal(tensors_of(resumed), tensors_of(whole))
+
+
+def test_freezes_are_told(capfd: pytest.CaptureFixture[str]) -> None:
+    def freezer(model: nn.Module, optimizer: torch.optim.Optimizer) -> DynamicFreezer:
+        return DynamicFreezer(model, optimizer, window=2, patience=1, percentile=100.0)
+
+    trainer = small_trainer(freezer=freezer, epochs=4, progress=True)
+    trainer.train()
+    assert trainer.freezer is not None
+    (event,) = trainer.freezer.events
+    assert f"{event}\n" in capfd.readouterr().err
+    assert small_trainer().freezer is None

@@ -117,7 +117,9 @@ def test_a_full_disk_is_told(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) ->
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
     monkeypatch.setattr(Path, "write_bytes", is_full)
-    with pytest.raises(OptcpuError, match=r"cannot write metrics into .*No space left.*make room"):
+    with pytest.raises(
+        OptcpuError, match=r"cannot write metrics to .*No space left.*Free some space"
+    ):
         MetricsLog(tmp_path)
 
 
@@ -131,7 +133,9 @@ def test_a_disk_that_is_full_for_tensorboard_is_told(
 
     log = MetricsLog(tmp_path, tensorboard=True)
     monkeypatch.setattr(log._writer, "add_scalar", is_full)
-    with pytest.raises(OptcpuError, match=r"cannot write metrics to .*No space left.*make room"):
+    with pytest.raises(
+        OptcpuError, match=r"cannot write metrics to .*No space left.*Free some space"
+    ):
         log.add("train", 1, 0, {"loss": 0.5})
     monkeypatch.setattr(log._writer, "close", is_full)
     with pytest.warns(UserWarning, match="No space left"):  # what was trained is not lost for that

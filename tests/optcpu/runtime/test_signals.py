@@ -3,6 +3,7 @@ from __future__ import annotations
 import os
 import signal
 import threading
+import time
 from collections.abc import Iterator
 
 import pytest
@@ -64,3 +65,21 @@ def test_the_first_to_ask_is_the_one_that_is_named() -> None:
     stop.ask("stop()")
     stop.ask("SIGTERM")
     assert stop.by == "stop()"
+
+
+def test_waiting_for_one_outlives_the_news_of_a_dead_loading_process(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """PyTorch raises it from a handler, in whatever the main thread does."""
+    stop, sleeps = StopRequest(), 0
+
+    def sleep(seconds: float) -> None:
+        nonlocal sleeps
+        sleeps += 1
+        if sleeps == 3:
+            stop.ask("SIGINT")
+        raise RuntimeError("DataLoader worker (pid 1) is killed by signal: Killed.")
+
+    monkeypatch.setattr(time, "sleep", sleep)
+    assert stop.comes_soon()
+    assert sleeps == 3

@@ -297,3 +297,12 @@ def test_processes_that_find_other_checkpoints_are_told(
     monkeypatch.setattr(trainer._world, "gather", lambda step: [step, 4])
     with pytest.raises(OptcpuError, match=r"other checkpoints \(of the steps \[None, 4\], by proc"):
         trainer.train()
+
+
+def test_living_loading_processes_are_warned_of_where_a_run_may_go_on(tmp_path: Path) -> None:
+    loader = DataLoader(small_data(), batch_size=4, num_workers=1, persistent_workers=True)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        small_trainer(data=loader)
+    with pytest.warns(UserWarning, match="persistent_workers=True: where a run is interrupted"):
+        small_trainer(data=loader, checkpoints=tmp_path)

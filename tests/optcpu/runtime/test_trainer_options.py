@@ -49,6 +49,16 @@ def test_a_bare_value_stands_for_a_group() -> None:
         ({"epochs": None}, "either epochs or steps; there is neither"),
         ({"max_grad_norm": float("nan")}, "max_grad_norm is nan; input should be"),
         ({"optimizer": {"lr": -1.0}}, "optimizer.lr is -1.0; input should be greater than 0"),
+        (
+            {"optimizer": {"learning_rate": 1}},
+            "no setting 'optimizer.learning_rate'; did you mean 'lr'",
+        ),
+        ({"num_workers": 1}, "no setting 'num_workers'; did you mean 'workers'"),
+        ({"log": 3}, "log is 3; it is a group of settings: folder, every_steps"),
+        (
+            {"optimizer": {"lookahead": 3}},
+            "optimizer.lookahead is 3; it is a group of settings: k,",
+        ),
         ({"lr": 0.1}, "no setting 'lr'; did you mean 'optimizer.lr'"),
         ({"optimizer": {"k": 3}}, "no setting 'optimizer.k'; did you mean 'optimizer.lookahead.k'"),
         ({"optimizer": {"betas": [0.9, 1.0]}}, "optimizer: betas must lie in"),

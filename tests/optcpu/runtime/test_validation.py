@@ -242,3 +242,54 @@ def test_accuracy_of_nothing_is_no_number() -> None:
     metric = Accuracy()
     metric.update(torch.randn(3, 2), torch.full((3,), -100))
     assert math.isnan(metric.compute())
+
+
+class NextToken(nn.Module):
+    """Knows each token's successor; its own loss is about the labels of the next place, or the same."""
+
+    def __init__(self, *, moves: bool) -> None:
+        super().__init__()
+        self._moves = moves
+
+    def forward(self, input_ids: Tensor, labels: Tensor) -> dict[str, Tensor]:
+        logits = 5.0 * nn.functional.one_hot((input_ids + 1) % 7, 7).float()
+        scores, wanted = (logits[:, :-1], labels[:, 1:]) if self._moves else (logits, labels)
+        loss = nn.functional.cross_entropy(scores.flatten(0, 1), wanted.flatten())
+        return {"loss": loss, "logits": logits}
+
+
+@pytest.mark.parametrize("moves", [True, False])
+def test_accuracy_of_a_language_model_is_about_what_its_loss_is_about(moves: bool) -> None:
+    tokens = (torch.arange(10) + torch.tensor([[0], [3]])) % 7
+    labels = tokens.clone() if moves else (tokens + 1) % 7
+    labels[0, 4] = -100
+    batches = [{"input_ids": tokens, "labels": labels}]
+    results = validate(NextToken(moves=moves), batches, default_loss, check_metrics(["accuracy"]))
+    assert results is not None
+    assert results["accuracy"] == 1.0
+    assert results["loss"] < 0.1
+
+
+def test_labels_that_a_loss_does_not_move_are_compared_in_place() -> None:
+    tokens = torch.arange(10)[None] % 7
+    batches = [{"input_ids": tokens, "labels": tokens.clone()}]
+    results = validate(NextToken(moves=False), batches, default_loss, check_metrics(["accuracy"]))
+    assert results is not None
+    assert results["accuracy"] == 0.0
+
+
+def test_data_that_fail_are_told() -> None:
+    class Broken(torch.utils.data.Dataset[Any]):
+        def __len__(self) -> int:
+            return 10
+
+        def __getitem__(self, index: int) -> tuple[Tensor, Tensor]:
+            if index == 7:
+                raise KeyError("broken file 7")
+            return INPUTS[index], TARGETS[index]
+
+    batches = DataLoader(Broken(), batch_size=4)
+    with pytest.raises(
+        OptcpuError, match=r"validation data failed at batch 1 .*KeyError: 'broken file 7'"
+    ):
+        validate(nn.Linear(4, 3), batches, default_loss, {})

@@ -95,6 +95,8 @@ class Centred(torch.nn.Module):  # with running statistics, of the samples of on
 
 if "CENTRED" in os.environ:
     model.append(Centred())
+if "VALIDATES" in os.environ:
+    given["validation_data"] = small_data(20, seed=2)
 trainer = small_trainer(model, data, callbacks=[losses], threads=1, **given)
 result = trainer.train()
 weights = torch.cat([p.detach().flatten() for p in model.parameters()]).tolist()
@@ -355,6 +357,35 @@ def test_local_sgd_sends_less_and_learns_as_much(tmp_path: Path) -> None:
     assert each[0]["bytes"] >= 15 * local[0]["bytes"]
     assert sum(local[0]["losses"][-16:]) / 16 < 0.5
     assert sum(each[0]["losses"][-16:]) / 16 < 0.5
+
+
+@pytest.mark.slow
+def test_validations_and_checkpoints_wait_until_all_processes_meet(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """They send nothing and change nothing in what is trained; a run that is stopped owes them still."""
+    given: dict[str, Any] = {"epochs": 4, "batch_size": 4, "accumulation_steps": 1}
+    given["local_steps"] = 5  # epochs have 8 steps
+    plain, _ = _run(tmp_path, 2, "plain", **given)
+    monkeypatch.setenv("VALIDATES", "1")
+    runs = {}
+    for name, stop in (("whole", None), ("on", 9), ("on", None)):
+        if stop is None:
+            monkeypatch.delenv("STOPS", raising=False)
+        else:
+            monkeypatch.setenv("STOPS", str(stop))
+        settings: dict[str, Any] = {
+            "checkpoints": {"folder": str(tmp_path / name), "every_steps": 4}
+        }
+        settings["log"] = {"folder": str(tmp_path / f"{name}-log")}
+        runs[name], _ = _run(tmp_path, 2, name, **settings, **given)
+    assert runs["whole"][0]["weights"] == plain[0]["weights"] == runs["on"][0]["weights"]
+    assert runs["whole"][0]["bytes"] == plain[0]["bytes"]
+    for name in ("whole", "on"):
+        rows = (tmp_path / f"{name}-log" / "metrics.jsonl").read_text().splitlines()
+        phases = [row for row in map(json.loads, rows) if row["phase"] == "validation"]
+        assert [row["step"] for row in phases] == [10, 20, 25, 32]  # due at 8, 16, 24, 32
+    assert sorted(path.name for path in (tmp_path / "whole").glob("step-*"))[-1] == "step-00000032"
 
 
 def test_local_steps_alone_in_the_world_change_nothing() -> None:

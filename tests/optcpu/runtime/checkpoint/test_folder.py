@@ -435,7 +435,7 @@ def test_a_full_disk(folder: CheckpointFolder, monkeypatch: pytest.MonkeyPatch, 
             OptcpuError, match=rf"^cannot save step 1 in .+: {os.strerror(code)}; the"
         ) as e:
             folder.save(state(2), 1)
-    assert ("Free some space there (a checkpoint takes 0 MiB" in str(e.value)) == (
+    assert ("Free some space there (a checkpoint takes 1 KiB" in str(e.value)) == (
         code != errno.EIO
     )
     assert sorted(os.listdir(folder.path)) == [".lock", "step-00000001"]

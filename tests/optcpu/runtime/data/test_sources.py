@@ -117,7 +117,9 @@ def test_the_order_goes_on_after_an_error_in_the_same_process(tmp_path: Path, ep
 
 def test_workers_that_are_begun_anew_are_warned_of_between_epochs() -> None:
     _, state, _ = stopped_after(persistent, 4)
-    with pytest.warns(UserWarning, match=r"persistent_workers=True: random augmentation .* Remedy"):
+    with pytest.warns(
+        UserWarning, match=r"persistent_workers=True: .*random augmentation .* Remedy"
+    ):
         Feed(persistent()).load_state_dict(state)
 
 

@@ -64,6 +64,13 @@ def test_what_is_not_deterministic_is_refused() -> None:
             PrefixCache(nn.Sequential(layer))
         PrefixCache(nn.Sequential(layer).eval())
     PrefixCache(nn.Sequential(nn.Dropout(0)))
+    attention = nn.MultiheadAttention(4, 2, dropout=0.5).requires_grad_(False)
+    recurrent = nn.LSTM(4, 4, num_layers=2, dropout=0.5).requires_grad_(False)
+    for layer in (attention, recurrent, nn.RReLU()):
+        with pytest.raises(ValueError, match=f"is a {type(layer).__name__} in training mode"):
+            PrefixCache(nn.ModuleList([layer]))
+        PrefixCache(nn.ModuleList([layer]).eval())
+    PrefixCache(nn.LSTM(4, 4).requires_grad_(False))
     prefix = frozen(1)
     cache = PrefixCache(prefix)
     prefix.requires_grad_(True)
