@@ -77,7 +77,7 @@ def test_rows_that_come_again_are_taken_out(tmp_path: Path, told: tuple[str, ...
 
 def test_a_folder_that_cannot_be_is_told(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
-    with pytest.raises(OptcpuError, match=r"cannot write metrics into .*file"):
+    with pytest.raises(OptcpuError, match=r"cannot write metrics to .*file"):
         MetricsLog(tmp_path / "file")
 
 
