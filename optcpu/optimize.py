@@ -317,7 +317,7 @@ class CompiledCall:
         run_before = self.backend.parts_run
         if self._stored is None:
             self._stored = [p for p in self._model.parameters() if isinstance(p, StoredWeight)]
-        meet_ddp(self._stored)
+        meet_ddp(self._model, self._stored)
         try:
             with gradients_set_aside(self._stored):
                 result = self._compiled(*args, **kwargs)

@@ -17,6 +17,7 @@ from optcpu.errors import OptcpuError, warn
 from optcpu.optim.base import StoredOptimizer
 from optcpu.optim.convert import convert, why_not
 from optcpu.optim.formats import Format
+from optcpu.optim.in_backward import is_updated_in_backward
 from optcpu.optim.lookahead import Lookahead
 from optcpu.optim.storing import store_weights
 from optcpu.optim.weights import StoredWeight
@@ -129,13 +130,22 @@ def _plain_weights(model: nn.Module) -> int:
     return sum(not isinstance(parameter, StoredWeight) for parameter in model.parameters())
 
 
-def meet_ddp(weights: Iterable[StoredWeight]) -> None:
-    """Let those weights have FP32 gradients if ``DistributedDataParallel`` calls the model.
+def meet_ddp(model: nn.Module, weights: Iterable[StoredWeight]) -> None:
+    """Let ``weights`` have FP32 gradients if ``DistributedDataParallel`` calls ``model``.
 
     That class averages gradients of a parameter's own dtype alone.
+
+    Raises:
+        OptcpuError: parameters are updated before their gradients would be averaged.
     """
-    if DistributedDataParallel._get_active_ddp_module() is not None:
-        widen_gradients(weights)
+    if DistributedDataParallel._get_active_ddp_module() is None:
+        return
+    if any(map(is_updated_in_backward, model.parameters())):
+        raise OptcpuError(
+            "update_in_backward() uses gradients before DistributedDataParallel has averaged them: call "
+            "optimizer.update_in_step()"
+        )
+    widen_gradients(weights)
 
 
 def widen_gradients(weights: Iterable[StoredWeight]) -> None:

@@ -205,6 +205,8 @@ def _move_forward(gradient: fx.Node) -> None:
     if not (is_cast(gradient) or is_view(gradient)) or len(gradient.all_input_nodes) != 1:
         return
     (before,) = gradient.all_input_nodes
+    if before.op == "placeholder":
+        return
     _move_forward(before)
     before.append(gradient)
 

@@ -17,6 +17,7 @@ from torch.nn import functional as F
 from torch.nn.parallel import DistributedDataParallel
 
 import optcpu
+from optcpu.errors import OptcpuError
 from optcpu.optim.weights import StoredWeight
 from optcpu.optimize import compiled_call
 
@@ -184,3 +185,15 @@ def test_two_processes_train_as_plain_ones_do(tmp_path: Path) -> None:
     for layout in ("none", "native"):
         for rank in range(2):
             assert runs[layout][rank][0] == pytest.approx(runs["plain"][rank][0], rel=0.02)
+
+
+def test_updates_before_the_average_are_refused(process_group: None) -> None:
+    model = make_model()
+    optimizer = optcpu.optim.SGD(model.parameters(), lr=0.1)
+    model, optimizer = optcpu.optimize(model, optimizer, precision="fp32")
+    optimizer.update_in_backward()
+    wrapped = DistributedDataParallel(model)
+    with pytest.raises(OptcpuError, match=r"before DistributedDataParallel .*update_in_step"):
+        train(wrapped, optimizer, steps=1)
+    optimizer.update_in_step()
+    train(wrapped, optimizer, steps=1)

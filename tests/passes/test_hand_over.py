@@ -180,3 +180,13 @@ def test_origins_of_what_is_saved() -> None:
 def test_nobody_waits() -> None:
     with pytest.raises(RuntimeError, match="nobody waits for it"):
         hand_over(torch.zeros(2), 0, [])
+
+
+def test_a_gradient_that_is_a_tangent_in_another_form_stays_behind_the_inputs() -> None:
+    def function(x: Tensor, tangents: Tensor) -> tuple[Tensor, Tensor]:
+        return tangents.view(20), torch.exp(x)
+
+    module = backward_of(function, OPERANDS[1], OPERANDS[2], gradients_of=[0, None])
+    assert hand_over_gradients(module.graph, [0], {"arg0_1": X}) == 1
+    kinds = [node.op for node in module.graph.nodes]
+    assert kinds == sorted(kinds, key=["placeholder", "call_function", "output"].index)
