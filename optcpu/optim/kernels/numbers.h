@@ -6,6 +6,7 @@
 #include <immintrin.h>
 #endif
 
+#include <cfloat>
 #include <cmath>
 #include <cstdint>
 #include <cstring>
@@ -68,10 +69,11 @@ using Bits = uint32_t __attribute__((vector_size(kVector * sizeof(uint32_t))));
 template <bool kWhole>
 using Place = PlaceOf<kGroup, kWhole>;
 
-// In the order of memory.
+// The numbers at even places and those at odd ones: 16-bit numbers become FP32 and are written again without
+// being moved from one place of a register to another, which takes longest.
 struct Numbers {
-  Floats a, b;
-  float operator[](int64_t i) const { return i < kVector ? a[i] : b[i - kVector]; }
+  Floats even, odd;
+  float operator[](int64_t i) const { return i % 2 ? odd[i / 2] : even[i / 2]; }
 };
 
 template <bool kWhole>
@@ -93,38 +95,45 @@ INLINE void store_halves(void* data, Place<kWhole> at, __m512i numbers) {
     _mm512_mask_storeu_epi16(target, mask(at), numbers);
 }
 
-constexpr int kSecond = 32;  // in an index of permuted halves: of the second operand
+constexpr uint32_t kUpper = 0xffff0000u;
 
-// For permutations: `first`, and each index `step` behind the one before.
-INLINE __m512i every(int first, int step) {
-  alignas(64) int16_t index[kGroup];
-  for (int i = 0; i < kGroup; i++) index[i] = int16_t(first + i * step);
+INLINE Bits shifted_up(__m512i halves) { return (Bits)halves << 16; }
+
+INLINE Bits upper(__m512i halves) { return (Bits)halves & kUpper; }
+
+// Sixteen-bit numbers with their sign as 32-bit ones: those at even places, those at odd ones.
+INLINE Bits even_signed(__m512i halves) {
+  return (Bits)_mm512_srai_epi32(_mm512_slli_epi32(halves, 16), 16);
+}
+
+INLINE Bits odd_signed(__m512i halves) { return (Bits)_mm512_srai_epi32(halves, 16); }
+
+// The lower halves of `even` and the upper ones of `odd`, in the order of memory.
+INLINE __m512i together(Bits even, Bits odd) {
+  return _mm512_mask_blend_epi16(0xaaaaaaaau, (__m512i)even, (__m512i)odd);
+}
+
+INLINE Numbers add_bits(const Numbers& x, Bits even, Bits odd) {
+  return {(Floats)((Bits)x.even + even), (Floats)((Bits)x.odd + odd)};
+}
+
+INLINE __m512i upper_halves(const Numbers& x) { return together((Bits)x.even >> 16, (Bits)x.odd); }
+
+INLINE __m512i lower_halves(const Numbers& x) { return together((Bits)x.even, (Bits)x.odd << 16); }
+
+// For permutations of two vectors: `first`, `second`, and each pair `step` behind the one before.
+INLINE __m512i pairs(int first, int second, int step) {
+  alignas(64) int32_t index[kVector];
+  for (int i = 0; i < kVector; i++) index[i] = (i % 2 ? second : first) + i / 2 * step;
   return _mm512_load_si512(index);
 }
 
-// Indices from `first` on at even places, from `second` on at odd ones.
-INLINE __m512i alternating(int first, int second) {
-  alignas(64) int16_t index[kGroup];
-  for (int i = 0; i < kGroup; i++) index[i] = int16_t((i % 2 ? second : first) + i / 2);
-  return _mm512_load_si512(index);
-}
-
-// Pairs (low, high) as sixteen 32-bit numbers: those of the first or of the second half of a group.
-INLINE Floats paired(__m512i low, __m512i high, int half) {
-  const int first = half * kVector;
-  return (Floats)_mm512_permutex2var_epi16(low, alternating(first, first + kSecond), high);
-}
-
-INLINE __m512i upper_halves(Numbers x) {
-  return _mm512_permutex2var_epi16((__m512i)x.a, every(1, 2), (__m512i)x.b);
-}
-
-INLINE __m512i lower_halves(Numbers x) {
-  return _mm512_permutex2var_epi16((__m512i)x.a, every(0, 2), (__m512i)x.b);
-}
-
-INLINE Numbers add_bits(Numbers x, Bits a, Bits b) {
-  return {(Floats)((Bits)x.a + a), (Floats)((Bits)x.b + b)};
+// Numbers whose upper halves are those nearest to x; of two, the even one.
+INLINE Floats nearest(Floats x) {
+  const __m512i bits = (__m512i)x, most = _mm512_set1_epi32(0x7fff), one = _mm512_set1_epi32(1);
+  const __m512i below = _mm512_add_epi32(bits, most);
+  return (Floats)_mm512_mask_add_epi32(
+      below, _mm512_test_epi32_mask(bits, _mm512_set1_epi32(0x10000)), below, one);
 }
 
 template <bool kWhole>
@@ -132,57 +141,67 @@ INLINE Numbers get(const Stored& from, Place<kWhole> at) {
   if (kWhole) prefetch(from, at.start, kGroup, kAhead);
   if (from.format == kFloat) {
     const float* data = static_cast<const float*>(from.data) + at.start;
-    return {(Floats)_mm512_maskz_loadu_ps(__mmask16(mask(at)), data),
-            (Floats)_mm512_maskz_loadu_ps(__mmask16(mask(at) >> kVector), data + kVector)};
+    const __m512 one = _mm512_maskz_loadu_ps(__mmask16(mask(at)), data);
+    const __m512 two = _mm512_maskz_loadu_ps(__mmask16(mask(at) >> kVector), data + kVector);
+    return {(Floats)_mm512_permutex2var_ps(one, pairs(0, 2, 4), two),
+            (Floats)_mm512_permutex2var_ps(one, pairs(1, 3, 4), two)};
   }
   const __m512i high = halves(from.data, at);
-  if (from.format != kSplit) {
-    const __m512i zero = _mm512_setzero_si512();
-    return {paired(zero, high, 0), paired(zero, high, 1)};
-  }
-  // The upper half was rounded: the lower one is negative where that went up.
-  const __m512i low = _mm512_xor_si512(halves(from.low, at), _mm512_set1_epi16(int16_t(0x8000)));
-  const Bits half = Bits{} - 0x8000u;
-  return add_bits({paired(low, high, 0), paired(low, high, 1)}, half, half);
+  const Numbers rounded{(Floats)shifted_up(high), (Floats)upper(high)};
+  if (from.format != kSplit) return rounded;
+  const __m512i low = halves(from.low, at);  // negative where the upper half was rounded up
+  return add_bits(rounded, even_signed(low), odd_signed(low));
 }
 
 template <bool kWhole>
 INLINE void put(const Stored& to, Place<kWhole> at, Numbers x) {
   if (to.format == kFloat) {
     float* data = static_cast<float*>(to.data) + at.start;
-    _mm512_mask_storeu_ps(data, __mmask16(mask(at)), (__m512)x.a);
-    _mm512_mask_storeu_ps(data + kVector, __mmask16(mask(at) >> kVector), (__m512)x.b);
+    const __m512 even = (__m512)x.even, odd = (__m512)x.odd;
+    const __m512 one = _mm512_permutex2var_ps(even, pairs(0, kVector, 1), odd);
+    const __m512 two = _mm512_permutex2var_ps(even, pairs(8, kVector + 8, 1), odd);
+    _mm512_mask_storeu_ps(data, __mmask16(mask(at)), one);
+    _mm512_mask_storeu_ps(data + kVector, __mmask16(mask(at) >> kVector), two);
     return;
   }
   if (to.format == kSplit) {
     store_halves(to.low, at, lower_halves(x));
     x = add_bits(x, Bits{} + 0x8000u, Bits{} + 0x8000u);
   } else if (to.format == kStochastic) {
-    Bits pairs = Bits{} + uint32_t(at.start / 2);
-    for (int i = 0; i < kVector; i++) pairs[i] += i;
-    const __m512i bits = (__m512i)random_bits(to.seed, pairs), zero = _mm512_setzero_si512();
-    x = add_bits(x, (Bits)paired(bits, zero, 0), (Bits)paired(bits, zero, 1));
+    Bits places = Bits{} + uint32_t(at.start / 2);
+    for (int i = 0; i < kVector; i++) places[i] += i;
+    const Bits bits = random_bits(to.seed, places);
+    x = add_bits(x, bits & 0xffffu, bits >> 16);
   } else {
-    x = add_bits(x, 0x7fffu + (((Bits)x.a >> 16) & 1), 0x7fffu + (((Bits)x.b >> 16) & 1));
+    x = {nearest(x.even), nearest(x.odd)};
   }
   store_halves(to.data, at, upper_halves(x));
 }
 
-INLINE Floats root(Floats x) { return (Floats)_mm512_sqrt_ps((__m512)x); }
+// x / (sqrt(square) * scale + epsilon) within a unit or two in the last place: the reciprocal is an estimate
+// of 14 bits, made twice as exact by a step of Newton's method. A division would keep the unit busy that
+// has the square root to do, and both would take longer than memory.
+INLINE Floats over_root(Floats x, Floats square, float scale, float epsilon) {
+  const Floats most = Floats{} + 1e30f;  // in place of infinity, of which the step would make no number
+  Floats divisor = (Floats)_mm512_sqrt_ps((__m512)square) * scale + epsilon;
+  divisor = divisor > most ? most : divisor;
+  const Floats estimate = (Floats)_mm512_rcp14_ps((__m512)divisor);
+  return x * (estimate * (2.0f - divisor * estimate));
+}
 
 INLINE Floats larger(Floats x, Floats y) { return x > y ? x : y; }
 
-// f on the first vectors of all arguments, then on the second ones.
+// f on the even numbers of all arguments, then on the odd ones.
 template <class F, class... N>
 INLINE void each(const F& f, N&... numbers) {
-  f(numbers.a...);
-  f(numbers.b...);
+  f(numbers.even...);
+  f(numbers.odd...);
 }
 
 // The sum of squares, in FP32.
 struct Squares {
   Floats sums = {};
-  INLINE void add(const Numbers& x) { sums += x.a * x.a + x.b * x.b; }
+  INLINE void add(const Numbers& x) { sums += x.even * x.even + x.odd * x.odd; }
   double total() const {
     double total = 0;
     for (int i = 0; i < kVector; i++) total += sums[i];
@@ -269,9 +288,11 @@ INLINE void put(const Stored& to, Place<kWhole> at, const Numbers& from) {
   }
 }
 
-INLINE float root(float x) { return std::sqrt(x); }
-
 INLINE float larger(float x, float y) { return x > y ? x : y; }
+
+INLINE float over_root(float x, float square, float scale, float epsilon) {
+  return x / (std::sqrt(square) * scale + epsilon);
+}
 
 // f on the first number of all arguments, then on the second ones, and so on.
 template <class F, class... N>

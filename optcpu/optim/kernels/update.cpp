@@ -42,7 +42,7 @@ template <class At>
 INLINE Numbers scaled_gradient(const Parameter& p, At at, const Numbers& weight) {
   Numbers gradient = get(p.gradient, at);
   const float scale = p.gradient_scale, decay = p.coupled_decay;
-  each([&](auto& g) { g *= scale; }, gradient);
+  if (scale != 1) each([&](auto& g) { g *= scale; }, gradient);
   if (decay != 0) each([&](auto& g, auto w) { g += decay * w; }, gradient, weight);
   return gradient;
 }
@@ -54,11 +54,11 @@ struct Moments {
 template <class At>
 INLINE Moments updated_moments(const Parameter& p, At at, const Numbers& gradient) {
   Moments moments{get(p.first, at), get(p.second, at)};
-  const float rest1 = p.rest1, beta2 = p.beta2, rest2 = p.rest2;
+  const float rest1 = p.rest1, rest2 = p.rest2;
   each(
       [&](auto g, auto& m, auto& v) {
         m += (g - m) * rest1;
-        v = v * beta2 + g * g * rest2;
+        v += (g * g - v) * rest2;
       },
       gradient, moments.first, moments.second);
   put(p.first, at, moments.first);
@@ -91,7 +91,7 @@ INLINE void adam_group(const Parameter& p, At at) {
   const float root_scale = p.root_scale, epsilon = p.epsilon;
   each(
       [&](auto& w, auto m, auto v) {
-        w = w * shrink - step_size * m / (root(v) * root_scale + epsilon);
+        w = w * shrink - step_size * over_root(m, v, root_scale, epsilon);
       },
       weight, moments.first, moments.second);
   store_weight(p, at, weight);
@@ -177,7 +177,7 @@ INLINE Numbers lamb_update(const Parameter& p, At at, const Numbers& weight) {
   const float root_scale = p.root_scale, epsilon = p.epsilon;
   each(
       [&](auto& m, auto v, auto w) {
-        m = step_size * m / (root(v) * root_scale + epsilon) + decay * w;
+        m = step_size * over_root(m, v, root_scale, epsilon) + decay * w;
       },
       update, second, weight);
   return update;

@@ -15,6 +15,7 @@ from torch import Tensor
 from optcpu.optim import native, rules
 from optcpu.optim.formats import Format, Stored, mixed, split
 from optcpu.optim.rules import Constants, Slot
+from passes.halves import joined
 
 SIZES = (1, 2, 63, 127, 128, 129, 300, 5001)
 FLOAT, SPLIT, STOCHASTIC, NEAREST = Format
@@ -174,6 +175,27 @@ def test_ties_go_to_even() -> None:
     slot = Slot(Constants(), Stored(FLOAT, torch.zeros(4)), Stored(FLOAT, gradient), momentum)
     native.sgd([slot])
     assert torch.equal(momentum.data, gradient.bfloat16())
+
+
+@pytest.mark.parametrize("rule", ["adam", "lamb"])
+@pytest.mark.parametrize("gradient", [0.0, 1e-25, 1e-12, 1e-3, 1e15, 3e19])
+def test_from_nothing_to_what_overflows(rule: str, gradient: float) -> None:
+    """The square root and the quotient are those of the rule; an infinite second moment stops the weight."""
+    results = []
+    for update in (getattr(native, rule), lambda slots: RULES[rule](slots[0])):
+        weight = torch.linspace(-1, 1, 70)
+        slot = Slot(
+            Constants(step_size=0.1, lr=0.1, root_scale=3.0, epsilon=1e-8, rest1=0.1, rest2=0.01),
+            stored(weight, SPLIT, 1),
+            stored(torch.full((70,), gradient), FLOAT, 2),
+            stored(torch.zeros(70), FLOAT, 3),
+            stored(torch.zeros(70), FLOAT, 4),
+        )
+        slot.constants.beta2 = 0.99
+        update([slot])
+        results.append(joined(slot.weight.data, slot.weight.low))
+    assert results[0].isfinite().all()
+    torch.testing.assert_close(*results, rtol=1e-6, atol=1e-7)
 
 
 def test_gradient_squares() -> None:
