@@ -180,7 +180,7 @@ def test_ties_go_to_even() -> None:
 @pytest.mark.parametrize("rule", ["adam", "lamb"])
 @pytest.mark.parametrize("gradient", [0.0, 1e-25, 1e-12, 1e-3, 1e15, 3e19])
 def test_from_nothing_to_what_overflows(rule: str, gradient: float) -> None:
-    """The square root and the quotient are those of the rule; an infinite second moment stops the weight."""
+    """Root and quotient are those of the rule; an infinite second moment leaves the weight as it is."""
     results = []
     for update in (getattr(native, rule), lambda slots: RULES[rule](slots[0])):
         weight = torch.linspace(-1, 1, 70)
