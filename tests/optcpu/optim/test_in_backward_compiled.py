@@ -17,12 +17,11 @@ from optcpu.errors import OptcpuError
 from optcpu.optim import SGD, AdamW, Lamb, Lookahead
 from optcpu.optim.base import StoredOptimizer
 
-pytestmark = [
-    pytest.mark.filterwarnings("ignore:this processor has no BF16"),
-    pytest.mark.skipif(
-        torch.__version__ < "2.9", reason="PyTorch 2.8 does not tell which gradient is whose"
-    ),
-]
+pytestmark = pytest.mark.filterwarnings("ignore:this processor has no BF16")
+
+hands_over = pytest.mark.skipif(
+    torch.__version__ < "2.9", reason="PyTorch 2.8 does not tell which gradient is whose"
+)
 
 STORAGE = {
     "fp32": {"precision": "fp32"},
@@ -202,6 +201,7 @@ def test_options_of_optimize(options: dict[str, Any]) -> None:
     assert_same_bits(train(model, optimizer), expected)
 
 
+@hands_over
 @pytest.mark.parametrize("storage", STORAGE)
 def test_gradients_are_used_within_the_graph(storage: str, monkeypatch: pytest.MonkeyPatch) -> None:
     model, optimizer = prepared(**STORAGE[storage])
@@ -238,6 +238,7 @@ print(memory("VmHWM") / parameters)
 """
 
 
+@hands_over
 @pytest.mark.slow
 @pytest.mark.skipif(not sys.platform.startswith("linux"), reason="memory is told by /proc")
 def test_it_takes_two_bytes_a_parameter_less() -> None:
@@ -249,6 +250,7 @@ def test_it_takes_two_bytes_a_parameter_less() -> None:
     assert 1.0 < saved < 2.6  # less a gradient, which is a fifth of all here, and what else changes
 
 
+@hands_over
 def test_code_from_a_cache_hands_over_as_well(monkeypatch: pytest.MonkeyPatch) -> None:
     results = []
     for _ in range(2):
@@ -287,6 +289,7 @@ def test_evaluation_behind_it_compiles_nothing_anew() -> None:
     assert torch._dynamo.utils.counters["frames"]["total"] == compiled
 
 
+@hands_over
 def test_a_model_called_twice_is_updated_when_both_parts_are_there(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
@@ -306,6 +309,7 @@ def test_a_model_called_twice_is_updated_when_both_parts_are_there(
     assert set(nodes) == {"CompiledFunctionBackward"}
 
 
+@hands_over
 def test_a_graph_without_a_backward_holds_nothing_up(monkeypatch: pytest.MonkeyPatch) -> None:
     model, optimizer = prepared(precision="fp32")
     optimizer.update_in_backward()
@@ -330,6 +334,7 @@ def test_other_sizes_of_batches() -> None:
         assert_same_bits(train(model, optimizer, rows=rows, steps=1), after)
 
 
+@hands_over
 def test_a_weight_that_is_used_outside_as_well_is_told() -> None:
     model, optimizer = prepared(precision="fp32")
     optimizer.update_in_backward()
@@ -363,6 +368,7 @@ def test_a_second_backward_is_told() -> None:
         loss.backward()
 
 
+@hands_over
 def test_gradients_that_are_asked_for_are_refused() -> None:
     model, optimizer = prepared(precision="fp32")
     optimizer.update_in_backward()
