@@ -145,7 +145,8 @@ class StepRunner:
             loss = self._objective(batch)
         except Exception as error:
             if _TOO_FEW not in str(error):
-                add_note(error, f"The model or its loss failed; {describe_call(batch)}.")
+                if not isinstance(error, OptcpuError):  # which says what to do
+                    add_note(error, f"The model or its loss failed; {describe_call(batch)}.")
                 raise
             raise OptcpuError(
                 f"batch norm needs two samples or more, and {describe_call(batch)} has too few: leave an "

@@ -223,10 +223,13 @@ def _predicts_next(output: Any, logits: Tensor, target: Tensor) -> bool:
         return False
     if target.dim() != 2 or logits.dim() != 3 or logits.shape[:2] != target.shape:
         return False
-    in_place, moved = (
-        abs(float(cross_entropy(scores.flatten(0, 1).float(), labels.flatten()) - own))
-        for scores, labels in ((logits, target), (logits[:, :-1], target[:, 1:]))
-    )
+    try:
+        in_place, moved = (
+            abs(float(cross_entropy(scores.flatten(0, 1).float(), labels.flatten()) - own))
+            for scores, labels in ((logits, target), (logits[:, :-1], target[:, 1:]))
+        )
+    except (IndexError, RuntimeError):  # the target is no class, but to the model's own loss
+        return False
     return moved < in_place
 
 

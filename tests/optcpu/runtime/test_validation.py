@@ -270,6 +270,22 @@ def test_accuracy_of_a_language_model_is_about_what_its_loss_is_about(moves: boo
     assert results["loss"] < 0.1
 
 
+def test_targets_that_are_no_classes_are_compared_in_place() -> None:
+    tokens = torch.arange(10)[None] % 7
+    labels = torch.where(
+        tokens == 3, 255, (tokens + 1) % 7
+    )  # left out by the model's own loss, say
+
+    class Model(NextToken):
+        def forward(self, input_ids: Tensor, labels: Tensor) -> dict[str, Tensor]:
+            return super().forward(input_ids, torch.where(labels == 255, -100, labels))
+
+    batches = [{"input_ids": tokens, "labels": labels}]
+    results = validate(Model(moves=False), batches, default_loss, check_metrics(["accuracy"]))
+    assert results is not None
+    assert results["accuracy"] == 0.9
+
+
 def test_labels_that_a_loss_does_not_move_are_compared_in_place() -> None:
     tokens = torch.arange(10)[None] % 7
     batches = [{"input_ids": tokens, "labels": tokens.clone()}]
