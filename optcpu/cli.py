@@ -61,7 +61,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _one_line(error: Exception) -> str:
-    told = " ".join([str(error), *notes_of(error)])
+    told = "; ".join(filter(None, [str(error), *notes_of(error)]))
     return " ".join(told.split()) or type(error).__name__
 
 

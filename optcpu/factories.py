@@ -85,7 +85,7 @@ def call_factory(factory: Callable[..., Any], name: str, given: dict[str, int]) 
     try:
         return factory(**arguments)
     except Exception as error:
-        add_note(error, f"It comes from {name}().")
+        add_note(error, f"it comes from {name}()")
         raise
 
 

@@ -33,6 +33,8 @@ from optcpu.runtime.stopping import is_better
 from optcpu.runtime.validation import Metric, validate
 
 _MANY_SHAPES = 4
+# Until processes that make steps by themselves meet out of turn to stop; torchrun kills them after 30.
+_PATIENCE_S = 15.0
 _MOST_DATA_STOPS = 3  # until processes that make steps by themselves have met, and can stop
 
 
@@ -117,7 +119,7 @@ class Loop:
                 self._runner.meet()
                 self.saver.refuse_broken_weights()
                 return None
-            if self._stopped() and self._runner.has_met:
+            if self._stops():
                 self.saver.save("stopped")
                 return self._stop.by or "another process"
             try:
@@ -265,9 +267,19 @@ class Loop:
     def _ended(self) -> bool:
         return self._finished() or self._run.position.stop_reason is not None
 
-    def _stopped(self) -> bool:
-        (wanted,) = self._run.world.sum_numbers(float(self._stop.by is not None))
-        return wanted > 0
+    def _stops(self) -> bool:
+        """Whether the run stops here: it is wanted to, and all processes have met, or will not in time."""
+        wanted, is_late = self._run.world.sum_numbers(
+            float(self._stop.by is not None), float(self._stop.seconds > _PATIENCE_S)
+        )
+        if not wanted or self._runner.has_met:
+            return wanted > 0
+        if is_late:
+            self._display.message(
+                f"step {self._run.position.step}: the processes meet out of turn, since the run is to stop "
+                "at once; where it goes on it will not have the bits of one that was not stopped"
+            )
+        return is_late > 0
 
     def _note_what_waits(self) -> None:
         """Note what is due where processes have not met, who do not send their weights for its sake."""

@@ -121,8 +121,13 @@ class Reporter:
         left = max(0, total - self._run.position.step)
         epochs_left = self._epochs_left(left)
 
+        # Where processes make steps by themselves, what is due waits until they meet.
+        meetings = (
+            left if self._run.world.size == 1 else math.ceil(left / (options.local_steps or 1))
+        )
+
         def times(every: int | None) -> int:
-            return epochs_left if every is None else math.ceil(left / every)
+            return min(meetings, epochs_left if every is None else math.ceil(left / every))
 
         validations = times(options.validate_every) if self._validates else 0
         saves = 0 if options.checkpoints is None else times(options.checkpoint_interval)

@@ -123,6 +123,8 @@ class Saver:
                 keep = position.regular_save if self._options.on_nan == "rollback" else None
                 path = self._folder.save(state, position.step, self.found_better, keep)
                 logger.debug("checkpoint (%s): %s", why, path)
+            if not alone:
+                run.world.sum_numbers(0.0)  # who looks for the checkpoint from now on finds it
             self._saved, self.changed, self.found_better = position.step, False, False
             if run.world.first:
                 for callback in run.callbacks:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import math
 import signal
 import threading
 import time
@@ -23,11 +24,18 @@ class StopRequest:
 
     def __init__(self) -> None:
         self.by: str | None = None
+        self._since = math.inf
         self._before: dict[int, Any] = {}
 
     def ask(self, by: str) -> None:
         """Want it; from any thread."""
+        self._since = min(self._since, time.monotonic())
         self.by = self.by or by
+
+    @property
+    def seconds(self) -> float:
+        """For how long someone has wanted it; 0 as long as nobody does."""
+        return max(0.0, time.monotonic() - self._since)
 
     def comes_soon(self) -> bool:
         """Whether someone wants it now or in a moment: others may have met the same signal before."""

@@ -146,7 +146,7 @@ class StepRunner:
         except Exception as error:
             if _TOO_FEW not in str(error):
                 if not isinstance(error, OptcpuError):  # which says what to do
-                    add_note(error, f"The model or its loss failed; {describe_call(batch)}.")
+                    add_note(error, f"the model or its loss failed: {describe_call(batch)}")
                 raise
             raise OptcpuError(
                 f"batch norm needs two samples or more, and {describe_call(batch)} has too few: leave an "

@@ -163,7 +163,7 @@ def validate(
     """
     sums: dict[str, float] = dict.fromkeys(("loss", *_functions(metrics)), 0.0)
     samples = 0
-    predicts_next: bool | None = None  # the first batch tells
+    predicts_next: bool | None = None  # the first batch with a label that counts tells
     accumulating = {n: m for n, m in metrics.items() if isinstance(m, AccumulatingMetric)}
     for metric in accumulating.values():
         metric.reset()
@@ -212,11 +212,11 @@ def _drawn(batches: Iterable[Batch]) -> Iterator[Batch]:
         ) from error
 
 
-def _predicts_next(output: Any, logits: Tensor, target: Tensor) -> bool:
+def _predicts_next(output: Any, logits: Tensor, target: Tensor) -> bool | None:
     """Whether the logits of a token are about the token behind it, as in causal language models.
 
     Those of Hugging Face take labels that are the inputs, and move them within the model. What its own
-    loss is that of tells.
+    loss is that of tells; None where no label counts.
     """
     own = output.get("loss") if isinstance(output, Mapping) else getattr(output, "loss", None)
     if not isinstance(own, Tensor) or own.numel() != 1 or target.is_floating_point():
@@ -230,7 +230,7 @@ def _predicts_next(output: Any, logits: Tensor, target: Tensor) -> bool:
         )
     except (IndexError, RuntimeError):  # the target is no class, but to the model's own loss
         return False
-    return moved < in_place
+    return None if math.isnan(in_place + moved) else moved < in_place
 
 
 @contextmanager

@@ -125,8 +125,9 @@ def _check_deterministic(prefix: nn.Module) -> None:
     _check_frozen(prefix)
     for name, module in prefix.named_modules():
         if module.training and _differs_in_training(module):
+            what = f"{name!r} of the prefix" if name else "the prefix"
             raise ValueError(
-                f"{name!r} of the prefix is a {type(module).__name__} in training mode, whose outputs "
+                f"{what} is a {type(module).__name__} in training mode, whose outputs "
                 "differ from batch to batch: freeze with eval_frozen=True, or call prefix.eval()"
             )
 

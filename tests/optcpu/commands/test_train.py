@@ -109,11 +109,11 @@ def test_wrong_input_is_one_line(
     [
         (
             "make_wrong",
-            r"RuntimeError: .*8x4 and 5x2.* failed; model\(float32\[8, 4\]\)\. .*--traceback",
+            r"RuntimeError: .*8x4 and 5x2.*; .* failed: model\(float32\[8, 4\]\) .*--traceback",
         ),
         (
             "make_none",
-            r"ZeroDivisionError: division by zero It comes from job_\d+:make_none\(\)\. ",
+            r"ZeroDivisionError: division by zero; it comes from job_\d+:make_none\(\) ",
         ),
     ],
 )

@@ -83,3 +83,13 @@ def test_waiting_for_one_outlives_the_news_of_a_dead_loading_process(
     monkeypatch.setattr(time, "sleep", sleep)
     assert stop.comes_soon()
     assert sleeps == 3
+
+
+def test_for_how_long_it_was_wanted() -> None:
+    stop = StopRequest()
+    assert stop.seconds == 0
+    stop.ask("SIGTERM")
+    time.sleep(0.02)
+    stop.ask("SIGINT")
+    assert 0.01 < stop.seconds < 60
+    assert stop.by == "SIGTERM"

@@ -38,6 +38,9 @@ class Dying(Losses):
         if len(self.losses) == int(os.environ.get("STOPS", 0)):
             trainer.stop()
 
+if "HASTE" in os.environ:
+    from optcpu.runtime import loop
+    loop._PATIENCE_S = 0.0
 torch.set_num_threads(1)
 torch.manual_seed(int(os.environ.get("RANK", 0)) if "APART" in os.environ else 0)
 given = json.loads(sys.argv[1])
@@ -99,6 +102,9 @@ if "VALIDATES" in os.environ:
     given["validation_data"] = small_data(20, seed=2)
 trainer = small_trainer(model, data, callbacks=[losses], threads=1, **given)
 result = trainer.train()
+if "TWICE" in os.environ:
+    given["epochs"] += 1
+    result = small_trainer(model, data, callbacks=[losses], threads=1, **given).train()
 weights = torch.cat([p.detach().flatten() for p in model.parameters()]).tolist()
 out = {"losses": losses.losses, "weights": weights, "bytes": trainer._world.bytes_sent,
        "steps": result.steps, "samples": result.samples, "metrics": result.metrics,
@@ -424,6 +430,35 @@ def test_a_stop_waits_until_all_processes_meet(
         runs[name, stop], _ = _run(tmp_path, 2, name, checkpoints=checkpoints, **given)
     assert runs["on", stops][0]["steps"] == 6
     assert runs["on", None][0]["weights"] == runs["whole", None][0]["weights"]
+
+
+@pytest.mark.slow
+def test_a_stop_does_not_wait_until_somebody_kills(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    given: dict[str, Any] = {"steps": 40, "batch_size": 4, "accumulation_steps": 1}
+    given |= {"local_steps": 30, "progress": True}
+    given["checkpoints"] = {"folder": str(tmp_path / "runs"), "every_steps": 100}
+    monkeypatch.setenv("HASTE", "1")
+    monkeypatch.setenv("STOPS", "4")
+    stopped, told = _run(tmp_path, 2, **given)
+    assert [one["steps"] for one in stopped] == [4, 4]
+    assert stopped[0]["weights"] == stopped[1]["weights"]
+    assert "the processes meet out of turn" in told
+    monkeypatch.delenv("STOPS")
+    ended, _ = _run(tmp_path, 2, **given)
+    assert [one["steps"] for one in ended] == [40, 40]
+
+
+@pytest.mark.slow
+def test_another_run_finds_the_last_checkpoint_at_once(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The first process writes it, and the others may be the first to look for it."""
+    monkeypatch.setenv("TWICE", "1")
+    given: dict[str, Any] = {"epochs": 2, "batch_size": 4, "accumulation_steps": 1}
+    both, _ = _run(tmp_path, 2, checkpoints={"folder": str(tmp_path / "runs")}, **given)
+    assert [one["steps"] for one in both] == [24, 24]
 
 
 @pytest.mark.slow
