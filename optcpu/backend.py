@@ -15,9 +15,11 @@ from __future__ import annotations
 import copy
 import hashlib
 import logging
+from collections import Counter
 from collections.abc import Callable, Sequence
 from typing import Any
 
+import torch
 from torch import Tensor, fx, nn
 from torch._dynamo.exc import RestartAnalysis
 from torch._functorch import config as functorch_config
@@ -34,7 +36,7 @@ from optcpu import cpp_ahead, random_numbers
 from optcpu.checks import check_flag
 from optcpu.composites import take_replaced_apart
 from optcpu.errors import CompileError, FallbackWarning, warn
-from optcpu.optim.in_backward import ExpectedGradients
+from optcpu.optim.in_backward import ExpectedGradients, is_updated_in_backward
 from optcpu.optim.weights import StoredWeight
 from optcpu.pipeline import Pipeline, default_passes, resolve_precision
 from optcpu.record import Fallback, GraphKind, GraphRun, Record, copy_graph
@@ -91,12 +93,13 @@ class Backend:
         _give_plain_views(module)
         eager = fx.GraphModule(module, copy.deepcopy(module.graph))
         key = self.cache_key()
-        leaves = _parameters(module.graph) if self.hands_over else ()
+        leaves = _updated_in_backward(module.graph) if self.hands_over else ()
         if key is not None:
             key = f"{key} {_places(module.graph)} {leaves}"
+        compiler = _GraphCompiler(self, region, leaves)
         patches: dict[str, Any] = {"joint_custom_pre_pass": _JointPasses(self, region, key)}
         if inductor_config.post_grad_custom_post_pass is None:
-            patches["post_grad_custom_post_pass"] = _CacheKey(key)
+            patches["post_grad_custom_post_pass"] = _HandOver(key, compiler)
         # A buffer that the backward may overwrite would forbid backward(retain_graph=True), which
         # _allow_backward_again sees to as well.
         tracing: dict[str, Any] = {
@@ -114,7 +117,7 @@ class Backend:
                 compiled: Any = compile_fx(
                     module,
                     example_inputs,
-                    inner_compile=_GraphCompiler(self, region, leaves),
+                    inner_compile=compiler,
                     config_patches=patches,
                     decompositions=_decompositions(),
                 )
@@ -138,7 +141,7 @@ class Backend:
                 node = _backward_of(outputs)
                 again = again or _allow_backward_again(node)
                 if leaves and node is not None:
-                    receive(node, ExpectedGradients({place: inputs[place] for place in leaves}))
+                    receive(node, _expected(inputs, leaves))
             return outputs
 
         return run
@@ -223,14 +226,40 @@ def _give_plain_views(module: fx.GraphModule) -> None:
             module.recompile()
 
 
-def _parameters(graph: fx.Graph) -> tuple[int, ...]:
-    """Which inputs of a captured graph are parameters that are trained."""
-    values = [node.meta.get("example_value") for node in graph.find_nodes(op="placeholder")]
+def _updated_in_backward(graph: fx.Graph) -> tuple[int, ...]:
+    """Which inputs of a captured graph are parameters that an optimizer updates in the backward pass."""
+    given = [
+        getattr(n.meta.get("grapharg"), "example", None) for n in graph.find_nodes(op="placeholder")
+    ]
     return tuple(
         place
-        for place, given in enumerate(values)
-        if isinstance(given, nn.Parameter) and given.requires_grad and given.is_leaf
+        for place, value in enumerate(given)
+        if isinstance(value, nn.Parameter) and is_updated_in_backward(value)
     )
+
+
+def _expected(inputs: Sequence[Any], leaves: Sequence[int]) -> ExpectedGradients:
+    """What waits for the gradients of ``leaves``.
+
+    One whose memory is that of another input, too, is not updated before the graph has ended.
+    """
+    memory = [_addresses(given) for given in inputs]
+    times_given = Counter(address for addresses in memory for address in addresses)
+    kept = {place for place in leaves if any(times_given[address] > 1 for address in memory[place])}
+    return ExpectedGradients({place: inputs[place] for place in leaves}, kept)
+
+
+def _addresses(given: Any) -> set[int]:
+    """Where the memory of an input begins."""
+    if isinstance(given, StoredWeight):
+        return {
+            half.untyped_storage().data_ptr()
+            for half in (given.high, given.low)
+            if half is not None
+        }
+    if isinstance(given, Tensor) and given.layout == torch.strided:
+        return {given.untyped_storage().data_ptr()}
+    return set()
 
 
 def _places(graph: fx.Graph) -> str:
@@ -273,6 +302,23 @@ class _CacheKey(CustomGraphPass):  # type: ignore[misc]
 
     def uuid(self) -> str | None:
         return self._key
+
+
+class _HandOver(_CacheKey):
+    """Lets backward graphs hand gradients over, behind all passes of Inductor's.
+
+    Those do not know that a weight changes when its gradient is handed over, and would have it read later.
+    """
+
+    def __init__(self, key: str | None, compiler: _GraphCompiler) -> None:
+        super().__init__(key)
+        self._compiler = compiler
+
+    def __call__(self, graph: fx.Graph) -> None:
+        self._compiler.hand_over(graph)
+
+    def uuid(self) -> str | None:
+        return None if self._key is None else f"{self._key} {self._compiler.what_is_handed_over()}"
 
 
 class _KeepRandomNumbers(_CacheKey):
@@ -321,7 +367,7 @@ class _GraphCompiler:
                     graph_run.blocks = passes.share_blocks(twin)
                 return _boxed(module)
             with cpp_ahead.kernels_compiled_as_written():
-                compiled = _generate(module, example_inputs, options, graph_run, self._rewrite_last)
+                compiled = _generate(module, example_inputs, options, graph_run)
         except Exception as error:
             if draws_anew:
                 raise CompileError(
@@ -339,10 +385,14 @@ class _GraphCompiler:
             compiled._fx_graph_cache_key = None  # type: ignore[attr-defined]
         return compiled
 
-    def _rewrite_last(self, graph: fx.Graph) -> None:
-        """Rewrite what has found its final form: neither passes nor blocks know these operators."""
+    def hand_over(self, graph: fx.Graph) -> None:
+        """Let a backward graph that has found its final form hand gradients over."""
         if self._leaves:
             passes.hand_over_gradients(graph, self._leaves, self._saved)
+
+    def what_is_handed_over(self) -> str:
+        """What :meth:`hand_over` depends on besides the graph."""
+        return f"{self._leaves} {sorted((n, sorted(w)) for n, w in self._saved.items() if w)}"
 
 
 def _generate(
@@ -350,27 +400,18 @@ def _generate(
     example_inputs: Sequence[Any],
     options: dict[str, Any],
     graph_run: GraphRun,
-    rewrite_last: Callable[[fx.Graph], None],
 ) -> Any:
-    """Generate code: once for blocks that are equal, where Inductor can take that.
-
-    Args:
-        rewrite_last: edits the graph just before code is generated for it.
-    """
+    """Generate code: once for blocks that are equal, where Inductor can take that."""
     whole = copy_graph(module.graph)
     try:
         view_to_reshape(module)  # Inductor does this as well, but not to the graphs of blocks
         graph_run.blocks = passes.share_blocks(module)
         if graph_run.blocks:
-            rewrite_last(module.graph)
-            module.recompile()
             return compile_fx_inner(module, example_inputs, **options)
     except Exception as error:
         logger.debug("equal blocks are compiled each by itself: %s", error)
         graph_run.blocks = []
         module.graph = whole
-    rewrite_last(module.graph)
-    module.recompile()
     return compile_fx_inner(module, example_inputs, **options)
 
 

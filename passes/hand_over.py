@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor, fx
 
-from passes.graph import dtype, is_cast, is_view, may_alias, value
+from passes.graph import dtype, is_cast, may_alias, value
 
 Receiver = Callable[[int, Tensor], None]
 # For each value that forward saves, by name: of which of the captured graph's inputs it is the memory.
@@ -102,7 +102,8 @@ def hand_over_gradients(backward: fx.Graph, inputs: Collection[int], saved: Orig
         once = isinstance(gradient, fx.Node) and results.count(gradient) == 1
         if number is None or number not in inputs or not once or gradient.op == "placeholder":
             continue
-        _move_forward(gradient)
+        if value(gradient).dim() > 1:  # small ones stay fused with what they are fused with
+            _move_forward(gradient)
         memory = weights.get(number, [])
         last = _last([gradient, *_readers(memory)])
         with backward.inserting_after(last):
@@ -197,18 +198,18 @@ def _last(nodes: Sequence[fx.Node]) -> fx.Node:
     return last
 
 
-def _move_forward(gradient: fx.Node) -> None:
-    """Make a gradient where its argument is made, if it is but another form of that.
+def _move_forward(node: fx.Node) -> None:
+    """Compute something, and what is computed for it alone, as early as the rest allows.
 
-    Passes leave the casts of what is returned at the graph's end.
+    Passes leave the casts of what is returned at the graph's end, and Inductor all that nobody else uses.
     """
-    if not (is_cast(gradient) or is_view(gradient)) or len(gradient.all_input_nodes) != 1:
-        return
-    (before,) = gradient.all_input_nodes
-    if before.op == "placeholder":
-        return
-    _move_forward(before)
-    before.append(gradient)
+    inputs = node.all_input_nodes
+    for before in inputs:
+        if before.op == "call_function" and len(before.users) == 1:
+            _move_forward(before)
+    last = _last([*node.graph.find_nodes(op="placeholder")[-1:], *inputs])
+    if node.prev is not last:
+        last.append(node)
 
 
 __all__ = ["hand_over", "hand_over_gradients", "origins", "receive"]

@@ -123,7 +123,8 @@ class StoredOptimizer(Optimizer, ABC):
         """Update each parameter during ``backward()``, and free its gradient, once that is complete.
 
         The training loop stays what it is, ``step()`` included: it ends the step, and updates what
-        has a gradient still. The result is the same, bit for bit, but gradients are never there all at
+        has a gradient still. The result is the same, bit for bit (but for the order in which parts of a
+        gradient are added up that come from several compiled graphs), and gradients are never there all at
         once. A model of :func:`optcpu.optimize` is compiled anew for it, so that its backward graph hands
         each gradient over as soon as it is complete (not so with PyTorch 2.8, where graphs hand them
         over together, at their end). Whatever looks at gradients between ``backward()`` and ``step()``
@@ -155,6 +156,12 @@ class StoredOptimizer(Optimizer, ABC):
             self._update([Place(number, group, parameters[number])])
 
         self._in_backward = BackwardHooks(parameters, update, accumulation_steps)
+
+    def zero_grad(self, set_to_none: bool = True) -> None:
+        """As in PyTorch; an accumulation of gradients begins anew."""
+        super().zero_grad(set_to_none)
+        if self._in_backward is not None:
+            self._in_backward.begin_step()
 
     def update_in_step(self) -> None:
         """Undo :meth:`update_in_backward`."""

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from typing import Any
 
 import torch
@@ -128,10 +128,12 @@ class ExpectedGradients:
 
     Args:
         parameters: by the numbers that they have in the graph.
+        kept: those of the numbers whose parameters the graph may read until its end; they are updated
+            behind it.
     """
 
-    def __init__(self, parameters: Mapping[int, Tensor]) -> None:
-        self._parameters = parameters
+    def __init__(self, parameters: Mapping[int, Tensor], kept: Collection[int] = ()) -> None:
+        self._parameters, self._kept = parameters, kept
         self._to_come = set(parameters)
         _TO_COME.update(map(id, parameters.values()))
 
@@ -141,12 +143,17 @@ class ExpectedGradients:
         self._came(number)
         if not _is_wanted(parameter):
             return
+        if parameter._backward_hooks:
+            raise OptcpuError(
+                f"a hook was registered on a parameter of shape {tuple(parameter.shape)} between forward "
+                "and backward, which hands its gradient over: register hooks before the forward pass"
+            )
         before = parameter.grad
         if before is None:
             parameter.grad = _in_dtype_of_gradients(parameter, gradient)
         else:
             before += gradient
-        if not _TO_COME[id(parameter)]:
+        if not _TO_COME[id(parameter)] and number not in self._kept:
             for hook in _hooks_of(parameter):
                 hook(parameter)
         if before is None and parameter.grad is not None:

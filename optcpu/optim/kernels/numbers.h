@@ -182,11 +182,12 @@ INLINE void put(const Stored& to, Place<kWhole> at, Numbers x) {
 // of 14 bits, made twice as exact by a step of Newton's method. A division would keep the unit busy that
 // has the square root to do, and both would take longer than memory.
 INLINE Floats over_root(Floats x, Floats square, float scale, float epsilon) {
-  const Floats most = Floats{} + 1e30f;  // in place of infinity, of which the step would make no number
-  Floats divisor = (Floats)_mm512_sqrt_ps((__m512)square) * scale + epsilon;
-  divisor = divisor > most ? most : divisor;
+  const Floats divisor = (Floats)_mm512_sqrt_ps((__m512)square) * scale + epsilon;
   const Floats estimate = (Floats)_mm512_rcp14_ps((__m512)divisor);
-  return x * (estimate * (2.0f - divisor * estimate));
+  const Floats correction = 2.0f - divisor * estimate;  // no number if the divisor is infinite
+  const __mmask16 finite =
+      _mm512_cmp_ps_mask((__m512)divisor, _mm512_set1_ps(INFINITY), _CMP_NEQ_UQ);
+  return x * (Floats)_mm512_maskz_mul_ps(finite, (__m512)estimate, (__m512)correction);
 }
 
 INLINE Floats larger(Floats x, Floats y) { return x > y ? x : y; }

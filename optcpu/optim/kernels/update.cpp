@@ -54,11 +54,11 @@ struct Moments {
 template <class At>
 INLINE Moments updated_moments(const Parameter& p, At at, const Numbers& gradient) {
   Moments moments{get(p.first, at), get(p.second, at)};
-  const float rest1 = p.rest1, rest2 = p.rest2;
+  const float rest1 = p.rest1, beta2 = p.beta2, rest2 = p.rest2;
   each(
       [&](auto g, auto& m, auto& v) {
         m += (g - m) * rest1;
-        v += (g * g - v) * rest2;
+        v = v * beta2 + g * g * rest2;  // of an overflow infinity, not a difference of two
       },
       gradient, moments.first, moments.second);
   put(p.first, at, moments.first);

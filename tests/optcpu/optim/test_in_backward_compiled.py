@@ -90,6 +90,32 @@ class Layers(nn.Module):
         return x.reshape(-1, 16)
 
 
+class Heads(nn.Module):
+    """What several layers read has a sum of products for its gradient, which Inductor fuses."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.trunk = nn.Linear(16, 24)
+        self.heads = nn.ModuleList(nn.Linear(24, 16, bias=bias) for bias in (True, False, True))
+
+    def forward(self, x: Tensor) -> Tensor:
+        hidden = torch.tanh(self.trunk(x))
+        first, second, gate = (head(hidden) for head in self.heads)
+        return first + second * torch.sigmoid(gate)
+
+
+class Aliased(nn.Module):
+    """A buffer in the memory of a weight."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.inner, self.outer = nn.Linear(16, 16), nn.Linear(16, 16)
+        self.register_buffer("view", self.outer.weight.detach(), persistent=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.outer(torch.tanh(self.inner(x) @ self.view))  # type: ignore[no-any-return]
+
+
 class Broken(nn.Module):
     """A graph break, with the same weight on both sides of it."""
 
@@ -109,6 +135,8 @@ MODELS: dict[str, Callable[[], nn.Module]] = {
     "convolutions": Convolutions,
     "equal-layers": Layers,
     "graph-break": Broken,
+    "heads": Heads,
+    "aliased": Aliased,
 }
 
 
@@ -244,6 +272,9 @@ print(memory("VmHWM") / parameters)
 def test_it_takes_two_bytes_a_parameter_less() -> None:
     def peak(how: str) -> float:
         command = [sys.executable, "-W", "ignore", "-c", PEAK, how]
+        subprocess.run(
+            command, check=True, capture_output=True
+        )  # compiles, which takes memory as well
         return float(subprocess.run(command, capture_output=True, text=True, check=True).stdout)
 
     saved = peak("step") - peak("backward")
@@ -401,6 +432,42 @@ def test_hooks_of_parameters_see_the_gradient_first() -> None:
         return train(model, optimizer)
 
     assert_same_bits(hooked(True), hooked(False))
+
+
+@hands_over
+def test_a_hook_that_comes_too_late_is_told() -> None:
+    model, optimizer = prepared(precision="fp32")
+    optimizer.update_in_backward()
+    loss = loss_of(model, 0)
+    model[0].weight.register_hook(lambda gradient: gradient)
+    with pytest.raises(OptcpuError, match=r"registered .* between forward and backward"):
+        loss.backward()
+
+
+def test_a_parameter_of_somebody_else_keeps_its_hooks() -> None:
+    model, optimizer = prepared(precision="fp32")
+    optimizer.update_in_backward()
+    prompt = nn.Parameter(torch.randn(8, 16))
+    prompt.register_hook(lambda gradient: 2 * gradient)
+    model(prompt).sum().backward()
+    assert prompt.grad is not None
+    plain = nn.Parameter(prompt.detach().clone())
+    model, _ = prepared(precision="fp32")
+    model(plain).sum().backward()
+    torch.testing.assert_close(prompt.grad, 2 * plain.grad)
+
+
+def test_zero_grad_begins_an_accumulation_anew() -> None:
+    results = []
+    for update in (False, True):
+        torch._dynamo.reset()
+        model, optimizer = prepared(precision="fp32")
+        if update:
+            optimizer.update_in_backward(3)
+        loss_of(model, 9).backward()
+        optimizer.zero_grad()
+        results.append(train(model, optimizer, steps=1, accumulation_steps=3))
+    assert_same_bits(*results)
 
 
 def test_frozen_parameters_and_what_no_optimizer_has() -> None:
