@@ -178,7 +178,7 @@ def test_ties_go_to_even() -> None:
 
 
 @pytest.mark.parametrize("rule", ["adam", "lamb"])
-@pytest.mark.parametrize("gradient", [0.0, 1e-25, 1e-12, 1e-3, 1e15, 3e19])
+@pytest.mark.parametrize("gradient", [0.0, 1e-25, 1e-12, 1e-3, 1e15, 3e19, 1e20, 3e38])
 def test_from_nothing_to_what_overflows(rule: str, gradient: float) -> None:
     """Root and quotient are those of the rule; an infinite second moment leaves the weight as it is."""
     results = []
@@ -192,6 +192,8 @@ def test_from_nothing_to_what_overflows(rule: str, gradient: float) -> None:
             stored(torch.zeros(70), FLOAT, 4),
         )
         slot.constants.beta2 = 0.99
+        update([slot])
+        slot.gradient = stored(torch.ones(70), FLOAT, 2)
         update([slot])
         results.append(joined(slot.weight.data, slot.weight.low))
     assert results[0].isfinite().all()
