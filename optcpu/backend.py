@@ -15,12 +15,10 @@ from __future__ import annotations
 import copy
 import hashlib
 import logging
-from collections import Counter
 from collections.abc import Callable, Sequence
 from typing import Any
 
-import torch
-from torch import Tensor, fx, nn
+from torch import fx, nn
 from torch._dynamo.exc import RestartAnalysis
 from torch._functorch import config as functorch_config
 from torch._functorch._aot_autograd.utils import make_boxed_func
@@ -34,6 +32,7 @@ from torch.fx._lazy_graph_module import _LazyGraphModule
 import passes
 from optcpu import cpp_ahead, random_numbers
 from optcpu.checks import check_flag
+from optcpu.compiled_backward import allow_backward_again, backward_of
 from optcpu.composites import take_replaced_apart
 from optcpu.errors import CompileError, FallbackWarning, warn
 from optcpu.optim.in_backward import ExpectedGradients, is_updated_in_backward
@@ -101,7 +100,7 @@ class Backend:
         if inductor_config.post_grad_custom_post_pass is None:
             patches["post_grad_custom_post_pass"] = _HandOver(key, compiler)
         # A buffer that the backward may overwrite would forbid backward(retain_graph=True), which
-        # _allow_backward_again sees to as well.
+        # allow_backward_again sees to as well.
         tracing: dict[str, Any] = {
             "donated_buffer": False,
             "activation_memory_budget": max(self.activation_memory, _LEAST_ACTIVATION_MEMORY),
@@ -138,10 +137,10 @@ class Backend:
             self.parts_run += 1
             outputs = compiled(*inputs)
             if leaves or not again:
-                node = _backward_of(outputs)
-                again = again or _allow_backward_again(node)
+                node = backward_of(outputs)
+                again = again or allow_backward_again(node)
                 if leaves and node is not None:
-                    receive(node, _expected(inputs, leaves))
+                    receive(node, ExpectedGradients.of(inputs, leaves))
             return outputs
 
         return run
@@ -205,8 +204,6 @@ class Backend:
 _RAN = "optcpu_joint_passes_ran"
 # PyTorch saves nothing at all where it is 0, not even what it was told to.
 _LEAST_ACTIVATION_MEMORY = 1e-9
-# An output that is a view hangs on its base by nodes that PyTorch has added.
-_LONGEST_CHAIN_OF_VIEWS = 3
 
 
 def _give_plain_views(module: fx.GraphModule) -> None:
@@ -236,30 +233,6 @@ def _updated_in_backward(graph: fx.Graph) -> tuple[int, ...]:
         for place, value in enumerate(given)
         if isinstance(value, nn.Parameter) and is_updated_in_backward(value)
     )
-
-
-def _expected(inputs: Sequence[Any], leaves: Sequence[int]) -> ExpectedGradients:
-    """What waits for the gradients of ``leaves``.
-
-    One whose memory is that of another input, too, is not updated before the graph has ended.
-    """
-    memory = [_addresses(given) for given in inputs]
-    times_given = Counter(address for addresses in memory for address in addresses)
-    kept = {place for place in leaves if any(times_given[address] > 1 for address in memory[place])}
-    return ExpectedGradients({place: inputs[place] for place in leaves}, kept)
-
-
-def _addresses(given: Any) -> set[int]:
-    """Where the memory of an input begins."""
-    if isinstance(given, StoredWeight):
-        return {
-            half.untyped_storage().data_ptr()
-            for half in (given.high, given.low)
-            if half is not None
-        }
-    if isinstance(given, Tensor) and given.layout == torch.strided:
-        return {given.untyped_storage().data_ptr()}
-    return set()
 
 
 def _places(graph: fx.Graph) -> str:
@@ -426,42 +399,6 @@ def _boxed(module: fx.GraphModule) -> Callable[..., Any]:
     _LazyGraphModule.force_recompile(module)  # what is lazy calls the module the first time
     # Not the module itself, as that runs the hooks that a user has given to all modules.
     return make_boxed_func(module.forward)  # type: ignore[no-any-return]
-
-
-def _backward_of(outputs: Sequence[Any]) -> Any:
-    """The node of autograd that runs the compiled backward on which ``outputs`` hang; None if none does."""
-    nodes = [output.grad_fn for output in outputs if isinstance(output, Tensor)]
-    for _ in range(_LONGEST_CHAIN_OF_VIEWS):
-        for node in nodes:
-            if _metadata(node) is not None:
-                return node
-        nodes = [before for node in nodes if node for before, _ in node.next_functions]
-    return None
-
-
-def _metadata(node: Any) -> Any:
-    """What PyTorch has noted of a compiled graph, if ``node`` runs the backward of one."""
-    metadata = getattr(getattr(node, "_forward_cls", None), "metadata", None)
-    return metadata if hasattr(metadata, "bw_donated_idxs") else None
-
-
-def _allow_backward_again(node: Any) -> bool:
-    """Let ``backward(retain_graph=True)`` run, whatever backward was run first.
-
-    A graph compiled without donated buffers has None noted for them, and PyTorch 2.8 to 2.13 compare
-    that with the empty list when a backward is to keep its graph.
-
-    Args:
-        node: runs a compiled backward; None if there is none.
-
-    Returns:
-        Whether there is one.
-    """
-    metadata = _metadata(node)
-    if metadata is None:
-        return False
-    metadata.bw_donated_idxs = metadata.bw_donated_idxs or []
-    return True
 
 
 def _kind(options: dict[str, Any]) -> GraphKind:

@@ -37,6 +37,7 @@ LAYERS: tuple[tuple[str, ...], ...] = (
         "optcpu.cpp_batch",
         "optcpu.cpp_signals",
         "optcpu.compiler_settings",
+        "optcpu.compiled_backward",
         "optcpu.composites",
         "optcpu.random_numbers",
     ),

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Callable, Collection, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -13,6 +13,7 @@ from torch.utils.hooks import RemovableHandle
 
 from optcpu.errors import OptcpuError
 from optcpu.memory_order import in_one_order, is_dense
+from optcpu.optim.weights import StoredWeight
 
 _OUTSIDE = -1  # of any backward pass, as PyTorch numbers them
 
@@ -137,6 +138,17 @@ class ExpectedGradients:
         self._to_come = set(parameters)
         _TO_COME.update(map(id, parameters.values()))
 
+    @classmethod
+    def of(cls, inputs: Sequence[Any], leaves: Sequence[int]) -> ExpectedGradients:
+        """Those of ``leaves``, the numbers of parameters among the ``inputs`` of a graph.
+
+        One whose memory is that of another input, too, is not updated before the graph has ended.
+        """
+        memory = [_addresses(given) for given in inputs]
+        times = Counter(address for addresses in memory for address in addresses)
+        kept = {place for place in leaves if any(times[address] > 1 for address in memory[place])}
+        return cls({place: inputs[place] for place in leaves}, kept)
+
     def __call__(self, number: int, gradient: Tensor) -> None:
         """Take a gradient; its memory is used again once this returns."""
         parameter = self._parameters[number]
@@ -170,6 +182,16 @@ class ExpectedGradients:
     def __del__(self) -> None:
         for number in list(self._to_come):
             self._came(number)
+
+
+def _addresses(given: Any) -> set[int]:
+    """Where the memory of an input begins."""
+    if isinstance(given, StoredWeight):
+        halves = [half for half in (given.high, given.low) if half is not None]
+        return {half.untyped_storage().data_ptr() for half in halves}
+    if isinstance(given, Tensor) and given.layout == torch.strided:
+        return {given.untyped_storage().data_ptr()}
+    return set()
 
 
 def _hooks_of(parameter: Tensor) -> list[_Hook]:
