@@ -6,14 +6,16 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
-from training import small_trainer
+from training import small_data, small_trainer
 
 from optcpu.runtime.clock import Clock
 from optcpu.runtime.plan import Plan
 from optcpu.runtime.report import Reporter
 
 
-def _reporter(steps_made: int, *, validates: bool = False, **given: Any) -> Reporter:
+def _reporter(
+    steps_made: int, *, validates: bool = False, processes: int = 1, **given: Any
+) -> Reporter:
     """Of a run of 40 steps of 2 s, four to an epoch; a validation takes 3 s, a checkpoint 5."""
     options = small_trainer(**given).options
     clock = Clock()
@@ -21,7 +23,8 @@ def _reporter(steps_made: int, *, validates: bool = False, **given: Any) -> Repo
         clock.add(phase, seconds)
     plan = Plan.of(16, options.accumulation_steps, options.epochs, options.steps)
     position = SimpleNamespace(step=steps_made, epoch=steps_made // 4)
-    run: Any = SimpleNamespace(plan=plan, position=position, clock=clock)
+    world = SimpleNamespace(size=processes)
+    run: Any = SimpleNamespace(plan=plan, position=position, clock=clock, world=world)
     nobody: Any = None
     return Reporter(run, options, nobody, None, validates=validates, trainer=None)
 
@@ -45,3 +48,22 @@ def test_time_left_counts_checkpoints(given: dict[str, Any], saves: int, tmp_pat
     checkpoints = {"folder": str(tmp_path), **given.pop("checkpoints", {})}
     seconds = _reporter(0, checkpoints=checkpoints, **given)._seconds_left()
     assert seconds == 40 * 2 + saves * 5
+
+
+@pytest.mark.parametrize(
+    ("local_steps", "meetings"),
+    [
+        (None, 40),
+        (4, 10),
+        (16, 3),
+    ],
+)
+def test_time_left_counts_what_waits_for_a_meeting_once(
+    local_steps: int | None, meetings: int
+) -> None:
+    """Of two processes, with a validation due after every step."""
+    given: dict[str, Any] = {"steps": 40, "validate_every": 1, "validation_data": small_data()}
+    if local_steps is not None:
+        given["local_steps"] = local_steps
+    seconds = _reporter(0, validates=True, processes=2, **given)._seconds_left()
+    assert seconds == 40 * 2 + meetings * 3
