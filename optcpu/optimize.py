@@ -30,7 +30,7 @@ from optcpu.optim.storing import restore_weights
 from optcpu.optim.weights import StoredWeight
 from optcpu.pipeline import Pipeline, Precision, default_passes, resolve_precision
 from optcpu.record import Record
-from optcpu.recurrent import has_recurrent_layers, needs_autocast, under_autocast
+from optcpu.recurrent import runs_eagerly_in_part, with_recurrent_layers
 from optcpu.takeover import (
     gradients_set_aside,
     meet_ddp,
@@ -261,7 +261,6 @@ class CompiledCall:
         )
         self._eager: Callable[..., Any] = model._call_impl if function is None else function
         self._with_loss: dict[int, CompiledCall] = {}
-        self._needs_autocast = needs_autocast(model, settings.precision)
         self._given_up = False
         self._hooks: set[int] | None = None  # looked for with the first call
         self._looked_at = -1
@@ -276,11 +275,12 @@ class CompiledCall:
         """
         self._stored: list[StoredWeight] | None = None  # looked for with the first call
         self._frames, self._breaks = _frames_tried(), _graph_breaks()
-        self._compiled: Callable[..., Any] = torch.compile(
+        compiled = torch.compile(
             _own_frame(self._eager), backend=self.backend, dynamic=self.settings.dynamic
         )
-        if self._needs_autocast:
-            self._compiled = under_autocast(self._compiled)
+        self._compiled: Callable[..., Any] = with_recurrent_layers(
+            compiled, self._model, self.settings.precision
+        )
         if self._guards_hooks:
             self._compiled = with_hooks_guarded(self._compiled)
         if self.settings.dynamic:
@@ -372,7 +372,7 @@ class CompiledCall:
     def _tell_why_nothing_ran(self) -> None:
         """Dynamo gives up whole functions without an error, and notes why.
 
-        As it does with what calls a recurrent layer, which is known. It does so once; the calls that
+        As it does with what calls some recurrent layers, which is known. It does so once; the calls that
         follow, each of a millisecond perhaps, have no time for counting.
         """
         tried, self._frames = self._frames, _frames_tried()
@@ -381,7 +381,8 @@ class CompiledCall:
         before, self._breaks = self._breaks, _graph_breaks()
         reasons = list(self._breaks - before)
         has_parameters = next(self._model.parameters(), None) is not None
-        if reasons and has_parameters and not has_recurrent_layers(self._model):
+        known = runs_eagerly_in_part(self._model, self.settings.precision)
+        if reasons and has_parameters and not known:
             self.backend.fell_back("the model", RuntimeError(reasons[0]))
 
 

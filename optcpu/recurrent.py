@@ -1,25 +1,43 @@
-"""Models with recurrent layers, which Dynamo does not capture.
+"""Models with recurrent layers, which Dynamo does not capture by itself.
 
-A function that calls ``nn.LSTM``, ``nn.GRU`` or ``nn.RNN`` runs eagerly; only the functions below it are
-compiled. No pass reaches the recurrent layer, so the whole model runs under autocast, which makes that
-layer use oneDNN's BF16 kernels. What the model returns keeps the dtype it would have without.
+``nn.LSTM`` is captured here, where its kernel can run, and becomes what :mod:`passes.lstm` makes of it. A
+function that calls another recurrent layer runs eagerly; only the functions below it are compiled. No
+pass reaches that layer, so the whole model runs under autocast, which makes the layer use oneDNN's BF16
+kernels. What the model returns keeps the dtype it would have without.
 """
 
 from __future__ import annotations
 
 import copy
 import dataclasses
-from collections.abc import Callable
+import functools
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
 from torch import nn
+from torch._C import DispatchKey
+from torch._dynamo import config as dynamo_config
 from torch.utils._pytree import tree_flatten, tree_unflatten
 
+from passes.lstm import lstm, packed_lstm
+from passes.lstm_steps import kernel_available
 
-def has_recurrent_layers(model: nn.Module) -> bool:
-    """Whether a module of ``model`` is recurrent."""
-    return any(isinstance(layer, nn.RNNBase) for layer in model.modules())
+aten = torch.ops.aten
+
+
+def has_lstms_to_capture(model: nn.Module, precision: str) -> bool:
+    """Whether ``model`` has recurrent layers, and all are such as can be captured here."""
+    layers = _recurrent_layers(model)
+    dtype = torch.bfloat16 if precision == "bf16" else torch.float32
+    return bool(layers) and all(map(_can_be_captured, layers)) and kernel_available(dtype)
+
+
+def runs_eagerly_in_part(model: nn.Module, precision: str) -> bool:
+    """Whether ``model`` has recurrent layers, around which nothing is compiled."""
+    return bool(_recurrent_layers(model)) and not has_lstms_to_capture(model, precision)
 
 
 def needs_autocast(model: nn.Module, precision: str) -> bool:
@@ -28,7 +46,75 @@ def needs_autocast(model: nn.Module, precision: str) -> bool:
     Not on processors without AVX512, where oneDNN has no BF16 kernel for an LSTM and autocast raises.
     """
     supported: bool = torch.ops.mkldnn._is_mkldnn_bf16_supported()
-    return precision == "bf16" and has_recurrent_layers(model) and supported
+    return precision == "bf16" and runs_eagerly_in_part(model, precision) and supported
+
+
+def _recurrent_layers(model: nn.Module) -> list[nn.RNNBase]:
+    return [layer for layer in model.modules() if isinstance(layer, nn.RNNBase)]
+
+
+def _can_be_captured(layer: nn.RNNBase) -> bool:
+    return type(layer).forward is nn.LSTM.forward and layer.proj_size == 0
+
+
+class _Capturing(threading.local):
+    """In which threads ``torch.lstm`` is traced as :mod:`passes.lstm` says."""
+
+    depth = 0
+
+
+_capturing = _Capturing()
+
+
+@contextmanager
+def lstms_taken_apart() -> Iterator[None]:
+    """Within it, tracing finds in ``torch.lstm`` what :mod:`passes.lstm` makes of it.
+
+    PyTorch would write down every step by itself. What else is traced in this process is not concerned.
+    """
+    _replace_decompositions()
+    _capturing.depth += 1
+    try:
+        yield
+    finally:
+        _capturing.depth -= 1
+
+
+@functools.cache
+def _replace_decompositions() -> None:
+    for operator, own in ((aten.lstm.input, lstm), (aten.lstm.data, packed_lstm)):
+        for key in (DispatchKey.CompositeImplicitAutograd, DispatchKey.Autograd):
+            operator.py_kernels[key] = _own_if_capturing(own, operator.py_kernels[key])
+        operator._dispatch_cache.clear()
+
+
+def _own_if_capturing(own: Callable[..., Any], other: Callable[..., Any]) -> Callable[..., Any]:
+    def chosen(*args: Any, **kwargs: Any) -> Any:
+        return (own if _capturing.depth else other)(*args, **kwargs)
+
+    return chosen
+
+
+def with_recurrent_layers(
+    call: Callable[..., Any], model: nn.Module, precision: str
+) -> Callable[..., Any]:
+    """``call``, which Dynamo compiles and which calls ``model``, as its recurrent layers need it."""
+    if has_lstms_to_capture(model, precision):
+        return _capturing_lstms(call)
+    return under_autocast(call) if needs_autocast(model, precision) else call
+
+
+def _capturing_lstms(call: Callable[..., Any]) -> Callable[..., Any]:
+    def call_capturing(*args: Any, **kwargs: Any) -> Any:
+        before = dynamo_config.allow_rnn
+        dynamo_config.allow_rnn = True
+        try:
+            with lstms_taken_apart():
+                return call(*args, **kwargs)
+        finally:
+            dynamo_config.allow_rnn = before
+
+    return call_capturing
 
 
 def under_autocast(call: Callable[..., Any]) -> Callable[..., Any]:

@@ -9,7 +9,8 @@ GEMM               mm, addmm                                        operands, bi
 batched GEMM       bmm, baddbmm                                     operands, result
 convolution        convolution, convolution_backward                operands, bias, results
 attention          flash attention for CPU, forward and backward    q, k, v, results; masks stay
-recurrent layer    mkldnn_rnn_layer, forward and backward           input, weights, state
+recurrent layer    mkldnn_rnn_layer, lstm_steps, and their          input, weights, state; cells stay
+                   backward
 =================  ===============================================  =============================
 
 Products are accumulated in FP32 by the hardware and rounded once. What is not in the table stays
@@ -37,6 +38,7 @@ from torch import fx
 
 from passes.base import Pass
 from passes.graph import aten, calls, cast, dtype, emit, value
+from passes.lstm import lstm_steps, lstm_steps_backward
 
 
 @dataclass(frozen=True)
@@ -67,6 +69,8 @@ POLICY: tuple[Rule, ...] = (
         aten.mkldnn_rnn_layer_backward.default,
         (0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12),
     ),
+    Rule("recurrent layer", lstm_steps, (0, 2, 3)),
+    Rule("recurrent layer", lstm_steps_backward, (0, 1, 4, 6)),
 )
 
 

@@ -25,7 +25,7 @@ from optcpu.inspection.model import GraphBreak
 from optcpu.optimize import Settings, _own_frame
 from optcpu.random_state import random_state_kept
 from optcpu.record import Fallback, Record
-from optcpu.recurrent import needs_autocast, under_autocast
+from optcpu.recurrent import needs_autocast, with_recurrent_layers
 from optcpu.remedies import remedy_for
 
 _CAN_ISOLATE = "isolate_recompiles" in signatures.signature(torch.compile).parameters
@@ -108,10 +108,10 @@ def _run(
     compiled: Callable[..., Any] = torch.compile(
         frame, backend=backend, dynamic=settings.dynamic, **_isolated()
     )
+    compiled = with_recurrent_layers(compiled, call.model, settings.precision)
     if needs_autocast(call.model, settings.precision):
-        compiled = under_autocast(compiled)
         observation.notes.append(
-            "The model has recurrent layers, which PyTorch does not capture: all that is not in a "
+            "The model has recurrent layers that are not captured: all that is not in a "
             "graph runs under BF16 autocast."
         )
     log = BreakLog()

@@ -66,7 +66,16 @@ _BY_NAME: dict[Kind, frozenset[str]] = {
         ]
     ),
     "recurrent": frozenset(
-        ["lstm", "gru", "rnn_tanh", "rnn_relu", "mkldnn_rnn_layer", "mkldnn_rnn_layer_backward"]
+        [
+            "lstm",
+            "gru",
+            "rnn_tanh",
+            "rnn_relu",
+            "mkldnn_rnn_layer",
+            "mkldnn_rnn_layer_backward",
+            "lstm_steps",
+            "lstm_steps_backward",
+        ]
     ),
 }
 _PIECES = 5  # told of each kind

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -108,6 +109,8 @@ def flop_counter() -> FlopCounterMode:
             aten._scaled_dot_product_flash_attention_for_cpu_backward: _attention_backward,
             aten.mkldnn_rnn_layer: _recurrent_layer,
             aten.mkldnn_rnn_layer_backward: _recurrent_layer_backward,
+            torch.ops.optcpu.lstm_steps: _lstm_steps,
+            torch.ops.optcpu.lstm_steps_backward: _lstm_steps_backward,
         },
     )
 
@@ -145,6 +148,16 @@ def _recurrent_layer(inputs: Shape, of_input: Shape, of_state: Shape, *_: Any, *
 def _recurrent_layer_backward(inputs: Shape, *shapes: Any, **named: Any) -> int:
     """A product for the gradient of the weight and one for that of the input, for each forward."""
     return 2 * _recurrent_layer(inputs, *shapes, **named)
+
+
+def _lstm_steps(inputs: Shape, _sizes: Any, weight: Shape, *_: Any, **__: Any) -> int:
+    return 2 * math.prod(inputs[:-1]) * weight[0] * weight[1]
+
+
+def _lstm_steps_backward(
+    output: Shape, _state: Shape, _cell: Shape, sizes: Any, weight: Shape, *_: Any, **__: Any
+) -> int:
+    return _lstm_steps(output, sizes, weight)
 
 
 def state_values(optimizer: Optimizer, parameters: Iterable[Tensor]) -> int:

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from optcpu.measure.batches import Batch, Loss, call_model
 from optcpu.optimize import compiled_call
-from optcpu.recurrent import has_recurrent_layers
+from optcpu.recurrent import runs_eagerly_in_part
 
 Objective: TypeAlias = Callable[[Batch], Tensor]
 
@@ -19,7 +19,7 @@ def objective(model: nn.Module, loss: Loss, *, compile_loss: bool) -> Objective:
 
     Compiled as one graph with the model, the loss leaves nothing of the output in memory that it does not
     need, and its operators join those of the model. That is done where the model is compiled as a whole,
-    by :func:`optcpu.optimize`, and has no recurrent layer, at which its graph would break.
+    by :func:`optcpu.optimize`, and has no recurrent layer at which its graph would break.
 
     Args:
         model: compiled or not.
@@ -31,7 +31,9 @@ def objective(model: nn.Module, loss: Loss, *, compile_loss: bool) -> Objective:
         return loss(call_model(model, batch), batch)
 
     present = compiled_call(model)
-    if present is None or not compile_loss or has_recurrent_layers(model):
+    if present is None or not compile_loss:
+        return eager_loss
+    if runs_eagerly_in_part(model, present.settings.precision):
         return eager_loss
     compiled = present.with_loss(model, loss, eager_loss)
 

@@ -1,16 +1,24 @@
-"""Models with recurrent layers: autocast's numbers, FP32 results, and nothing changed in the model."""
+"""Models with recurrent layers: captured, or with autocast's numbers, and nothing changed in the model."""
 
 from __future__ import annotations
 
 import copy
 import dataclasses
+import importlib
+from typing import Any
 
 import pytest
 import torch
-from torch import Tensor, nn
+from torch import Tensor, fx, nn
+from torch._dispatch.python import enable_python_dispatcher
+from torch._subclasses import FakeTensorMode
+from torch.fx.experimental.proxy_tensor import make_fx
+from torch.nn.utils.rnn import PackedSequence, pack_sequence
 
 import optcpu
-from optcpu.recurrent import has_recurrent_layers, under_autocast
+from optcpu.optimize import compiled_call
+from optcpu.recurrent import has_lstms_to_capture, runs_eagerly_in_part, under_autocast
+from passes import lstm_steps
 
 
 class Classifier(nn.Module):
@@ -55,8 +63,152 @@ def test_fp32_computes_what_eager_computes(layer: type[nn.RNNBase]) -> None:
 
 
 def test_recurrent_layers_are_found_at_any_depth() -> None:
-    assert has_recurrent_layers(nn.Sequential(nn.Sequential(nn.LSTM(2, 2))))
-    assert not has_recurrent_layers(nn.Sequential(nn.Linear(2, 2), nn.LSTMCell(2, 2)))
+    assert runs_eagerly_in_part(nn.Sequential(nn.Sequential(nn.GRU(2, 2))), "fp32")
+    assert not runs_eagerly_in_part(nn.Sequential(nn.Linear(2, 2), nn.LSTMCell(2, 2)), "fp32")
+
+
+class Reversed(nn.LSTM):
+    """With a forward of its own, which may do anything."""
+
+    def forward(self, x: Tensor) -> Tensor:  # type: ignore[override]
+        return super().forward(x.flip(0))[0]
+
+
+class Named(nn.LSTM):
+    """An LSTM in all but name."""
+
+
+@pytest.mark.parametrize(
+    ("layers", "captured"),
+    [
+        ([nn.Linear(2, 2)], False),
+        ([nn.LSTM(2, 2)], True),
+        ([nn.LSTM(2, 2, 2, bidirectional=True, dropout=0.5, bias=False), Named(2, 2)], True),
+        ([nn.LSTM(2, 3, proj_size=2)], False),
+        ([nn.LSTM(2, 2), nn.GRU(2, 2)], False),
+        ([Reversed(2, 2)], False),
+    ],
+    ids=["none", "one", "two", "projection", "beside another", "own forward"],
+)
+def test_which_lstms_are_captured(
+    layers: list[nn.Module], captured: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    module = importlib.import_module("optcpu.recurrent")
+    monkeypatch.setattr(module, "kernel_available", lambda dtype: dtype == torch.float32)
+    model = nn.Sequential(*layers)
+    assert has_lstms_to_capture(model, "fp32") == captured
+    assert not has_lstms_to_capture(model, "bf16")
+    recurrent = any(isinstance(layer, nn.RNNBase) for layer in layers)
+    assert runs_eagerly_in_part(model, "fp32") == (recurrent and not captured)
+
+
+with_kernel = pytest.mark.skipif(
+    not lstm_steps.kernel_available(torch.float32), reason="the steps have no kernel here"
+)
+
+
+def assert_same_step(model: nn.Module, reference: nn.Module, *inputs: Any) -> None:
+    """Outputs and all gradients, in FP32."""
+    results = []
+    for one in (model, reference):
+        one.zero_grad()
+        output = one(*inputs)
+        output.square().mean().backward()
+        gradients = [p.grad for p in one.parameters()]
+        results.append([output.detach(), *gradients])
+    for ours, eager in zip(*results, strict=True):
+        torch.testing.assert_close(ours, eager, rtol=1e-4, atol=1e-6)
+
+
+class Last(nn.Module):
+    """The last state of two layers, in training and evaluation."""
+
+    def __init__(self, **given: Any) -> None:
+        super().__init__()
+        self.embedding = nn.Embedding(9, 8)
+        self.layer = nn.LSTM(8, 16, 2, batch_first=True, **given)
+        self.head = nn.Linear(16 * (1 + self.layer.bidirectional), 3)
+
+    def forward(self, tokens: Tensor) -> Tensor:
+        result: Tensor = self.head(self.layer(self.embedding(tokens))[0][:, -1])
+        return result
+
+
+@with_kernel
+@pytest.mark.parametrize("given", [{}, {"bidirectional": True}])
+def test_an_lstm_is_a_part_of_one_graph_whatever_its_length(given: dict[str, Any]) -> None:
+    model = Last(**given)
+    reference = copy.deepcopy(model)
+    optcpu.optimize(model, precision="fp32", fallback=False)
+    for batch, steps in ((4, 6), (5, 9), (3, 7), (2, 30)):
+        assert_same_step(model, reference, torch.randint(9, (batch, steps)))
+    with torch.no_grad():
+        tokens = torch.randint(9, (4, 6))
+        torch.testing.assert_close(model.eval()(tokens), reference.eval()(tokens))
+    call = compiled_call(model)
+    assert call is not None
+    assert call.record.regions <= 3  # as it is, with sizes that vary, and without gradients
+    assert call.record.counts()["fuse-linear-backward"] > 0
+    assert not torch._dynamo.config.allow_rnn
+
+
+@with_kernel
+def test_packed_sequences() -> None:
+    class Packing(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.layer, self.head = nn.LSTM(8, 16, bidirectional=True), nn.Linear(32, 3)
+
+        def forward(self, packed: PackedSequence) -> Tensor:
+            result: Tensor = self.head(self.layer(packed)[0].data)
+            return result
+
+    model = Packing()
+    reference = copy.deepcopy(model)
+    optcpu.optimize(model, precision="fp32", fallback=False)
+    for lengths in ((5, 3, 2), (7, 7, 1, 1), (2, 2)):
+        packed = pack_sequence([torch.randn(length, 8) for length in lengths])
+        assert_same_step(model, reference, packed)
+
+
+@with_kernel
+def test_an_update_of_lstms_is_fused() -> None:
+    model = Last()
+    reference = copy.deepcopy(model)
+    model, optimizer = optcpu.optimize(
+        model, torch.optim.AdamW(model.parameters(), lr=1e-2), precision="fp32", weights="split"
+    )
+    plain = torch.optim.AdamW(reference.parameters(), lr=1e-2)
+    for _ in range(5):
+        assert_same_step(model, reference, torch.randint(9, (4, 6)))
+        optimizer.step()
+        plain.step()
+    expected = reference.state_dict()
+    for name, ours in model.state_dict().items():
+        torch.testing.assert_close(ours, expected[name], rtol=1e-3, atol=1e-5)
+
+
+@with_kernel
+def test_other_compilations_are_not_concerned() -> None:
+    optcpu.optimize(Last(), precision="fp32")(torch.randint(9, (4, 6)))
+    captured: list[fx.GraphModule] = []
+
+    def keep(module: fx.GraphModule, inputs: Any) -> Any:
+        captured.append(module)
+        return module.forward
+
+    stock, x = nn.LSTM(8, 16), torch.randn(3, 2, 8)
+    torch.testing.assert_close(torch.compile(stock, backend=keep)(x)[0], stock(x)[0])
+    assert captured == []  # it is not captured, as ever
+    weights = list(stock.parameters())
+    state = (torch.zeros(1, 2, 16), torch.zeros(1, 2, 16))
+
+    def output(x: Tensor) -> Tensor:
+        return torch.lstm(x, state, weights, True, 1, 0.0, True, False, False)[0]  # type: ignore[arg-type]
+
+    with FakeTensorMode(allow_non_fake_inputs=True) as mode, enable_python_dispatcher():
+        graph = make_fx(output)(mode.from_tensor(x)).graph
+    assert not [node for node in graph.nodes if "optcpu" in str(node.target)]
 
 
 @pytest.mark.parametrize("layer", RECURRENT)
