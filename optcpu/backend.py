@@ -39,7 +39,7 @@ from optcpu.optim.in_backward import ExpectedGradients, is_updated_in_backward
 from optcpu.optim.weights import StoredWeight
 from optcpu.pipeline import Pipeline, default_passes, resolve_precision
 from optcpu.record import Fallback, GraphKind, GraphRun, Record, copy_graph
-from optcpu.recurrent import lstms_taken_apart
+from optcpu.recurrent import recurrent_layers_taken_apart
 from optcpu.remedies import DEPENDS_ON_DATA, cause_of, first_line, remedy_for
 from passes.hand_over import Origins, origins, receive
 from passes.indices import place_of
@@ -113,7 +113,7 @@ class Backend:
             tracing["enable_autograd_cache"] = False
         take_replaced_apart()
         try:
-            with functorch_config.patch(tracing), lstms_taken_apart():
+            with functorch_config.patch(tracing), recurrent_layers_taken_apart():
                 compiled: Any = compile_fx(
                     module,
                     example_inputs,

@@ -1,9 +1,10 @@
 """Models with recurrent layers, which Dynamo does not capture by itself.
 
-``nn.LSTM`` is captured here, where its kernel can run, and becomes what :mod:`passes.lstm` makes of it. A
-function that calls another recurrent layer runs eagerly; only the functions below it are compiled. No
-pass reaches that layer, so the whole model runs under autocast, which makes the layer use oneDNN's BF16
-kernels. What the model returns keeps the dtype it would have without.
+They are captured here where their kernel can run, and become what :mod:`passes.recurrent` makes of them.
+Elsewhere, and around LSTMs with projections and layers with a forward of their own, a function that calls
+one runs eagerly; only the functions below it are compiled. No pass reaches the layer then, so the whole
+model runs under autocast, which makes an LSTM use oneDNN's BF16 kernels. What the model returns keeps the
+dtype it would have without.
 """
 
 from __future__ import annotations
@@ -22,13 +23,11 @@ from torch._C import DispatchKey
 from torch._dynamo import config as dynamo_config
 from torch.utils._pytree import tree_flatten, tree_unflatten
 
-from passes.lstm import lstm, packed_lstm
-from passes.lstm_steps import kernel_available
-
-aten = torch.ops.aten
+from passes.recurrent import DECOMPOSITIONS
+from passes.recurrent_steps import kernel_available
 
 
-def has_lstms_to_capture(model: nn.Module, precision: str) -> bool:
+def is_captured(model: nn.Module, precision: str) -> bool:
     """Whether ``model`` has recurrent layers, and all are such as can be captured here."""
     layers = _recurrent_layers(model)
     dtype = torch.bfloat16 if precision == "bf16" else torch.float32
@@ -36,8 +35,8 @@ def has_lstms_to_capture(model: nn.Module, precision: str) -> bool:
 
 
 def runs_eagerly_in_part(model: nn.Module, precision: str) -> bool:
-    """Whether ``model`` has recurrent layers, around which nothing is compiled."""
-    return bool(_recurrent_layers(model)) and not has_lstms_to_capture(model, precision)
+    """Whether ``model`` has recurrent layers around which nothing is compiled."""
+    return bool(_recurrent_layers(model)) and not is_captured(model, precision)
 
 
 def needs_autocast(model: nn.Module, precision: str) -> bool:
@@ -54,11 +53,12 @@ def _recurrent_layers(model: nn.Module) -> list[nn.RNNBase]:
 
 
 def _can_be_captured(layer: nn.RNNBase) -> bool:
-    return type(layer).forward is nn.LSTM.forward and layer.proj_size == 0
+    known = (nn.LSTM.forward, nn.GRU.forward, nn.RNN.forward)
+    return type(layer).forward in known and layer.proj_size == 0
 
 
 class _Capturing(threading.local):
-    """In which threads ``torch.lstm`` is traced as :mod:`passes.lstm` says."""
+    """How often a thread has entered :func:`recurrent_layers_taken_apart` and not left it."""
 
     depth = 0
 
@@ -67,8 +67,8 @@ _capturing = _Capturing()
 
 
 @contextmanager
-def lstms_taken_apart() -> Iterator[None]:
-    """Within it, tracing finds in ``torch.lstm`` what :mod:`passes.lstm` makes of it.
+def recurrent_layers_taken_apart() -> Iterator[None]:
+    """Within it, tracing finds in ``torch.lstm`` and its like what :mod:`passes.recurrent` makes of them.
 
     PyTorch would write down every step by itself. What else is traced in this process is not concerned.
     """
@@ -82,7 +82,7 @@ def lstms_taken_apart() -> Iterator[None]:
 
 @functools.cache
 def _replace_decompositions() -> None:
-    for operator, own in ((aten.lstm.input, lstm), (aten.lstm.data, packed_lstm)):
+    for operator, own in DECOMPOSITIONS.items():
         for key in (DispatchKey.CompositeImplicitAutograd, DispatchKey.Autograd):
             operator.py_kernels[key] = _own_if_capturing(own, operator.py_kernels[key])
         operator._dispatch_cache.clear()
@@ -99,17 +99,17 @@ def with_recurrent_layers(
     call: Callable[..., Any], model: nn.Module, precision: str
 ) -> Callable[..., Any]:
     """``call``, which Dynamo compiles and which calls ``model``, as its recurrent layers need it."""
-    if has_lstms_to_capture(model, precision):
-        return _capturing_lstms(call)
+    if is_captured(model, precision):
+        return _capturing_layers(call)
     return under_autocast(call) if needs_autocast(model, precision) else call
 
 
-def _capturing_lstms(call: Callable[..., Any]) -> Callable[..., Any]:
+def _capturing_layers(call: Callable[..., Any]) -> Callable[..., Any]:
     def call_capturing(*args: Any, **kwargs: Any) -> Any:
         before = dynamo_config.allow_rnn
         dynamo_config.allow_rnn = True
         try:
-            with lstms_taken_apart():
+            with recurrent_layers_taken_apart():
                 return call(*args, **kwargs)
         finally:
             dynamo_config.allow_rnn = before

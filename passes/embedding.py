@@ -7,6 +7,7 @@ gradient.
 
 from __future__ import annotations
 
+import math
 import operator
 from dataclasses import dataclass
 
@@ -22,6 +23,7 @@ from passes.graph import (
     emit,
     is_call,
     is_cast,
+    likely_size,
     may_alias,
     only_user,
     value,
@@ -76,6 +78,8 @@ torch.library.register_fake(
 torch.library.register_fake(
     "optcpu::add_rows_", lambda table, rows, values, padding: None, lib=_LIBRARY
 )
+
+_LEAST_NUMBERS = 4096
 
 add_rows = torch.ops.optcpu.add_rows.default
 add_rows_ = torch.ops.optcpu.add_rows_.default
@@ -155,6 +159,29 @@ def _other(total: fx.Node, node: fx.Node) -> fx.Node:
     return other
 
 
+def add_to_zeros(graph: fx.Graph) -> int:
+    """Have gradients of embeddings added row by row to zeros; return how many are.
+
+    Generated code adds every number by itself, with an atomic operation each: ten times as long where a row
+    is added to often, as those of the types of tokens are. Left alone are gradients of less than a few
+    microseconds, ones that count how often a token comes, and ones that are not FP32.
+    """
+    fired = 0
+    for node in calls(graph, EMBEDDING_BACKWARD):
+        gradient, rows, _, padding, by_frequency = node.args
+        numbers = math.prod(map(likely_size, value(gradient).shape))
+        if by_frequency or dtype(node) != torch.float32 or numbers < _LEAST_NUMBERS:
+            continue
+        with graph.inserting_before(node):
+            shape, device = list(value(node).shape), value(node).device
+            table = emit(node, aten.full.default, shape, 0.0, dtype=torch.float32, device=device)
+            emit(node, add_rows_, table, rows, gradient, padding)
+            node.replace_all_uses_with(table)
+        graph.erase_node(node)
+        fired += 1
+    return fired
+
+
 def add_in_place(graph: fx.Graph) -> int:
     """Let :data:`add_rows` write into its table, where nobody else has it; return how many do.
 
@@ -184,4 +211,4 @@ def _is_owned(table: fx.Node, user: fx.Node) -> bool:
     )
 
 
-__all__ = ["EMBEDDING_BACKWARD", "AddEmbeddingGradient", "add_in_place"]
+__all__ = ["EMBEDDING_BACKWARD", "AddEmbeddingGradient", "add_in_place", "add_to_zeros"]

@@ -31,7 +31,7 @@ from torch._inductor.decomposition import select_decomp_table
 from passes import ops
 from passes.activations import ACTIVATION_EXPANSIONS, expand_activations, write_out
 from passes.convolution import call_native_backward, choose_for_small_images
-from passes.embedding import EMBEDDING_BACKWARD, add_in_place
+from passes.embedding import EMBEDDING_BACKWARD, add_in_place, add_to_zeros
 from passes.gemm import is_small
 from passes.graph import aten, calls, cast, emit, likely_size, value
 from passes.pooling import MAX_POOL_BACKWARD, expand_backward
@@ -44,7 +44,8 @@ def lower(graph: fx.Graph) -> int:
     """Write out what generated code computes better than a call, and the other way round.
 
     Small products, activations and the backward of max-pools whose windows do not overlap are written
-    out; that of other max-pools and of convolutions becomes a call. Rows are added where their table is.
+    out; that of other max-pools, of convolutions and of embeddings becomes a call. Rows are added where
+    their table is.
 
     Returns:
         How many fused operators were written out.
@@ -52,6 +53,7 @@ def lower(graph: fx.Graph) -> int:
     fired = expand_small_products(graph)
     expand_activations(graph)
     expand_backward(graph)
+    add_to_zeros(graph)
     for node in calls(graph, EMBEDDING_BACKWARD):
         write_out(node, select_decomp_table()[EMBEDDING_BACKWARD])
     call_native_backward(graph)

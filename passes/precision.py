@@ -9,7 +9,7 @@ GEMM               mm, addmm                                        operands, bi
 batched GEMM       bmm, baddbmm                                     operands, result
 convolution        convolution, convolution_backward                operands, bias, results
 attention          flash attention for CPU, forward and backward    q, k, v, results; masks stay
-recurrent layer    mkldnn_rnn_layer, lstm_steps, and their          input, weights, state; cells stay
+recurrent layer    mkldnn_rnn_layer, recurrent_steps, and their     input, weights, state; cells stay
                    backward
 =================  ===============================================  =============================
 
@@ -38,7 +38,7 @@ from torch import fx
 
 from passes.base import Pass
 from passes.graph import aten, calls, cast, dtype, emit, value
-from passes.lstm import lstm_steps, lstm_steps_backward
+from passes.recurrent import recurrent_steps, recurrent_steps_backward
 
 
 @dataclass(frozen=True)
@@ -69,8 +69,8 @@ POLICY: tuple[Rule, ...] = (
         aten.mkldnn_rnn_layer_backward.default,
         (0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12),
     ),
-    Rule("recurrent layer", lstm_steps, (0, 2, 3)),
-    Rule("recurrent layer", lstm_steps_backward, (0, 1, 4, 6)),
+    Rule("recurrent layer", recurrent_steps, (0, 2, 4)),
+    Rule("recurrent layer", recurrent_steps_backward, (0, 1, 4, 6, 7)),
 )
 
 

@@ -13,7 +13,7 @@ import optcpu
 from optcpu.cpu import capabilities
 from optcpu.layout import ipex
 from optcpu.optimize import compiled_call
-from passes.lstm_steps import kernel_available
+from passes.recurrent_steps import kernel_available
 from tests.families import FAMILIES, Family, Inputs, loss_of, tensors_of
 
 QUICK = {"mlp", "autoencoder", "dict-output", "two-inputs"}  # compiled within ten seconds

@@ -73,8 +73,8 @@ _BY_NAME: dict[Kind, frozenset[str]] = {
             "rnn_relu",
             "mkldnn_rnn_layer",
             "mkldnn_rnn_layer_backward",
-            "lstm_steps",
-            "lstm_steps_backward",
+            "recurrent_steps",
+            "recurrent_steps_backward",
         ]
     ),
 }

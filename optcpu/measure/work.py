@@ -109,8 +109,8 @@ def flop_counter() -> FlopCounterMode:
             aten._scaled_dot_product_flash_attention_for_cpu_backward: _attention_backward,
             aten.mkldnn_rnn_layer: _recurrent_layer,
             aten.mkldnn_rnn_layer_backward: _recurrent_layer_backward,
-            torch.ops.optcpu.lstm_steps: _lstm_steps,
-            torch.ops.optcpu.lstm_steps_backward: _lstm_steps_backward,
+            torch.ops.optcpu.recurrent_steps: _recurrent_steps,
+            torch.ops.optcpu.recurrent_steps_backward: _recurrent_steps_backward,
         },
     )
 
@@ -150,14 +150,14 @@ def _recurrent_layer_backward(inputs: Shape, *shapes: Any, **named: Any) -> int:
     return 2 * _recurrent_layer(inputs, *shapes, **named)
 
 
-def _lstm_steps(inputs: Shape, _sizes: Any, weight: Shape, *_: Any, **__: Any) -> int:
+def _recurrent_steps(inputs: Shape, _sizes: Any, weight: Shape, *_: Any, **__: Any) -> int:
     return 2 * math.prod(inputs[:-1]) * weight[0] * weight[1]
 
 
-def _lstm_steps_backward(
+def _recurrent_steps_backward(
     output: Shape, _state: Shape, _cell: Shape, sizes: Any, weight: Shape, *_: Any, **__: Any
 ) -> int:
-    return _lstm_steps(output, sizes, weight)
+    return _recurrent_steps(output, sizes, weight)
 
 
 def state_values(optimizer: Optimizer, parameters: Iterable[Tensor]) -> int:

@@ -23,7 +23,7 @@ from optcpu.optimize import CompiledCall, Settings, compiled_call
 from optcpu.pipeline import Pipeline, default_passes
 from optcpu.record import Record
 from passes import Canonicalize
-from passes.lstm_steps import kernel_available
+from passes.recurrent_steps import kernel_available
 
 
 class Net(nn.Module):
@@ -344,7 +344,7 @@ class Answer:
 class Classifier(nn.Module):
     def __init__(self) -> None:
         super().__init__()
-        self.recurrent = nn.GRU(16, 8, batch_first=True)
+        self.recurrent = nn.LSTM(16, 9, batch_first=True, proj_size=8)
         self.head = nn.Linear(8, 4)
 
     def forward(self, x: Tensor) -> Tensor:
@@ -408,13 +408,13 @@ class TestAnyModel:
 
     def test_recurrent(self) -> None:
         inspection = inspect(Classifier(), torch.randn(2, 5, 16), precision="bf16")
-        assert any("GRU" in found.reason for found in inspection.breaks)
+        assert any("LSTM" in found.reason for found in inspection.breaks)
         in_bf16 = torch.ops.mkldnn._is_mkldnn_bf16_supported()
         assert any("recurrent layers" in note for note in inspection.notes) == in_bf16
         assert str(inspection)
 
     @pytest.mark.skipif(not kernel_available(torch.float32), reason="its steps have no kernel here")
-    def test_lstm(self) -> None:
+    def test_a_recurrent_layer_that_is_captured(self) -> None:
         """It is captured, and its work counted: all products of the layer, and of the head."""
         model = nn.Sequential(nn.LSTM(16, 8), Output(), nn.Linear(8, 4))
         inspection = inspect(model, torch.randn(5, 2, 16), precision="fp32")

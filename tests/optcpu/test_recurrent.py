@@ -17,8 +17,8 @@ from torch.nn.utils.rnn import PackedSequence, pack_sequence
 
 import optcpu
 from optcpu.optimize import compiled_call
-from optcpu.recurrent import has_lstms_to_capture, runs_eagerly_in_part, under_autocast
-from passes import lstm_steps
+from optcpu.recurrent import is_captured, runs_eagerly_in_part, under_autocast
+from passes import recurrent_steps
 
 
 class Classifier(nn.Module):
@@ -63,7 +63,8 @@ def test_fp32_computes_what_eager_computes(layer: type[nn.RNNBase]) -> None:
 
 
 def test_recurrent_layers_are_found_at_any_depth() -> None:
-    assert runs_eagerly_in_part(nn.Sequential(nn.Sequential(nn.GRU(2, 2))), "fp32")
+    model = nn.Sequential(nn.Sequential(nn.LSTM(2, 3, proj_size=2)))
+    assert runs_eagerly_in_part(model, "fp32")
     assert not runs_eagerly_in_part(nn.Sequential(nn.Linear(2, 2), nn.LSTMCell(2, 2)), "fp32")
 
 
@@ -85,25 +86,26 @@ class Named(nn.LSTM):
         ([nn.LSTM(2, 2)], True),
         ([nn.LSTM(2, 2, 2, bidirectional=True, dropout=0.5, bias=False), Named(2, 2)], True),
         ([nn.LSTM(2, 3, proj_size=2)], False),
-        ([nn.LSTM(2, 2), nn.GRU(2, 2)], False),
+        ([nn.LSTM(2, 2), nn.LSTM(2, 3, proj_size=2)], False),
+        ([nn.GRU(2, 2), nn.RNN(2, 2, nonlinearity="relu")], True),
         ([Reversed(2, 2)], False),
     ],
-    ids=["none", "one", "two", "projection", "beside another", "own forward"],
+    ids=["none", "one", "two", "projection", "beside one", "other kinds", "own forward"],
 )
-def test_which_lstms_are_captured(
+def test_which_layers_are_captured(
     layers: list[nn.Module], captured: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     module = importlib.import_module("optcpu.recurrent")
     monkeypatch.setattr(module, "kernel_available", lambda dtype: dtype == torch.float32)
     model = nn.Sequential(*layers)
-    assert has_lstms_to_capture(model, "fp32") == captured
-    assert not has_lstms_to_capture(model, "bf16")
+    assert is_captured(model, "fp32") == captured
+    assert not is_captured(model, "bf16")
     recurrent = any(isinstance(layer, nn.RNNBase) for layer in layers)
     assert runs_eagerly_in_part(model, "fp32") == (recurrent and not captured)
 
 
 with_kernel = pytest.mark.skipif(
-    not lstm_steps.kernel_available(torch.float32), reason="the steps have no kernel here"
+    not recurrent_steps.kernel_available(torch.float32), reason="the steps have no kernel here"
 )
 
 
@@ -123,10 +125,10 @@ def assert_same_step(model: nn.Module, reference: nn.Module, *inputs: Any) -> No
 class Last(nn.Module):
     """The last state of two layers, in training and evaluation."""
 
-    def __init__(self, **given: Any) -> None:
+    def __init__(self, layer: type[nn.RNNBase] = nn.LSTM, **given: Any) -> None:
         super().__init__()
         self.embedding = nn.Embedding(9, 8)
-        self.layer = nn.LSTM(8, 16, 2, batch_first=True, **given)
+        self.layer = layer(8, 16, num_layers=2, batch_first=True, **given)
         self.head = nn.Linear(16 * (1 + self.layer.bidirectional), 3)
 
     def forward(self, tokens: Tensor) -> Tensor:
@@ -135,8 +137,18 @@ class Last(nn.Module):
 
 
 @with_kernel
-@pytest.mark.parametrize("given", [{}, {"bidirectional": True}])
-def test_an_lstm_is_a_part_of_one_graph_whatever_its_length(given: dict[str, Any]) -> None:
+@pytest.mark.parametrize(
+    "given",
+    [
+        {},
+        {"bidirectional": True},
+        {"layer": nn.GRU},
+        {"layer": nn.RNN},
+        {"layer": nn.RNN, "nonlinearity": "relu", "bias": False},
+    ],
+    ids=["lstm", "both directions", "gru", "tanh", "relu"],
+)
+def test_they_are_a_part_of_one_graph_whatever_the_length(given: dict[str, Any]) -> None:
     model = Last(**given)
     reference = copy.deepcopy(model)
     optcpu.optimize(model, precision="fp32", fallback=False)
@@ -153,11 +165,12 @@ def test_an_lstm_is_a_part_of_one_graph_whatever_its_length(given: dict[str, Any
 
 
 @with_kernel
-def test_packed_sequences() -> None:
+@pytest.mark.parametrize("layer", RECURRENT)
+def test_packed_sequences(layer: type[nn.RNNBase]) -> None:
     class Packing(nn.Module):
         def __init__(self) -> None:
             super().__init__()
-            self.layer, self.head = nn.LSTM(8, 16, bidirectional=True), nn.Linear(32, 3)
+            self.layer, self.head = layer(8, 16, bidirectional=True), nn.Linear(32, 3)
 
         def forward(self, packed: PackedSequence) -> Tensor:
             result: Tensor = self.head(self.layer(packed)[0].data)
@@ -172,7 +185,7 @@ def test_packed_sequences() -> None:
 
 
 @with_kernel
-def test_an_update_of_lstms_is_fused() -> None:
+def test_their_update_is_fused() -> None:
     model = Last()
     reference = copy.deepcopy(model)
     model, optimizer = optcpu.optimize(

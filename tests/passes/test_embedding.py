@@ -15,8 +15,14 @@ from optcpu.backend import Backend
 from optcpu.optim.formats import Format
 from optcpu.optim.storing import store_weights
 from optcpu.pipeline import Pipeline, default_passes
-from passes import AddEmbeddingGradient, Canonicalize, Pass, lower
-from passes.embedding import EMBEDDING_BACKWARD, add_in_place, add_rows, add_rows_
+from passes import AddEmbeddingGradient, Canonicalize, Pass, embedding, lower
+from passes.embedding import (
+    EMBEDDING_BACKWARD,
+    add_in_place,
+    add_rows,
+    add_rows_,
+    add_to_zeros,
+)
 from tests.passes.captured import (
     BF16,
     assert_bf16_parity,
@@ -231,3 +237,34 @@ def test_what_is_left_is_written_out() -> None:
     module.recompile()
     assert "aten.embedding_dense_backward" not in operators(module.graph)
     torch.testing.assert_close(module(values, rows), backward(values, rows))
+
+
+def _backward(
+    values: Tensor, rows: Tensor, padding: int = -1, by_frequency: bool = False
+) -> Tensor:
+    return EMBEDDING_BACKWARD(values, rows, ROWS, padding, by_frequency)  # type: ignore[no-any-return]
+
+
+@pytest.mark.parametrize("padding", [-1, 4])
+def test_a_gradient_by_itself_is_added_to_zeros(
+    padding: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(embedding, "_LEAST_NUMBERS", 1)
+    values, rows = torch.randn(2, 4, WIDTH), TOKENS
+    module = traced(lambda values, rows: _backward(values, rows, padding), values, rows)
+    assert add_to_zeros(module.graph) == 1
+    assert operators(module.graph) == ["aten.full", "optcpu.add_rows_"]
+    module.recompile()
+    for _ in range(2):  # each time to new zeros
+        torch.testing.assert_close(module(values, rows), _backward(values, rows, padding))
+
+
+def test_near_misses_of_adding_to_zeros(monkeypatch: pytest.MonkeyPatch) -> None:
+    values, rows = torch.randn(2, 4, WIDTH), TOKENS
+    small = traced(_backward, values, rows)
+    assert add_to_zeros(small.graph) == 0
+    monkeypatch.setattr(embedding, "_LEAST_NUMBERS", 1)
+    by_frequency = traced(lambda v, r: _backward(v, r, by_frequency=True), values, rows)
+    assert add_to_zeros(by_frequency.graph) == 0
+    narrow = traced(_backward, values.to(BF16), rows)
+    assert add_to_zeros(narrow.graph) == 0

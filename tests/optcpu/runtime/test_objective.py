@@ -162,14 +162,14 @@ def test_an_eager_model_has_an_eager_loss() -> None:
     assert torch._dynamo.utils.counters["stats"] == before
 
 
-def test_a_recurrent_model_is_compiled_without_its_loss() -> None:
+def test_a_model_that_is_not_captured_is_compiled_without_its_loss() -> None:
     class Last(nn.Module):
         def __init__(self) -> None:
             super().__init__()
-            self.gru, self.head = nn.GRU(6, 4, batch_first=True), nn.Linear(4, 5)
+            self.lstm, self.head = nn.LSTM(6, 7, batch_first=True, proj_size=4), nn.Linear(4, 5)
 
         def forward(self, x: Tensor) -> Tensor:
-            return self.head(self.gru(x)[0][:, -1])  # type: ignore[no-any-return]
+            return self.head(self.lstm(x)[0][:, -1])  # type: ignore[no-any-return]
 
     assert_same_step(Last(), (torch.randn(8, 3, 6), batch_of()[1]))
 
