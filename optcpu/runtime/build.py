@@ -74,10 +74,15 @@ def compile_model(
     Raises:
         OptcpuError: it is compiled, or its weights or the optimizer's state are stored, with other settings
             than those that are given.
+        ValueError: there are passes, and it is not to be compiled.
     """
     present = compiled_call(model)
     if present is not None:
         _check_compiled(present.settings, options, passes)
+    elif passes is not None and not options.compile:
+        raise ValueError(
+            "passes needs compile: an eager model has none; leave them out, or compile it"
+        )
     if present is not None or not options.compile:
         _check_stored(model, optimizer, options, state_dtype)
     elif options.compile:

@@ -265,7 +265,9 @@ def buffers_of(model: nn.Module, loss: Loss) -> dict[str, Tensor]:
     return buffers | _of_loss(dict(loss.named_buffers()), buffers)
 
 
-def _of_loss(tensors: dict[str, SomeTensor], models: dict[str, SomeTensor]) -> dict[str, SomeTensor]:
+def _of_loss(
+    tensors: dict[str, SomeTensor], models: dict[str, SomeTensor]
+) -> dict[str, SomeTensor]:
     """Names for tensors of a loss: ``loss.weight``, or ``loss..weight`` where the model has the former.
 
     No module's name is empty, so that no model has the latter.

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import inspect
 import random
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
@@ -43,9 +44,10 @@ from optcpu.runtime.optimizers import (
     optimizer_settings,
     own_state_dtype,
 )
-from optcpu.runtime.options import OptimizerOptions, ScheduleOptions, TrainerOptions, read_options
+from optcpu.runtime.options import OptimizerOptions, ScheduleOptions, TrainerOptions
 from optcpu.runtime.placement import settle
 from optcpu.runtime.plan import Plan
+from optcpu.runtime.reading import read_options
 from optcpu.runtime.report import open_log
 from optcpu.runtime.run import Run
 from optcpu.runtime.signals import StopRequest
@@ -159,7 +161,7 @@ class Trainer:
             raise ValueError("give either scheduler or schedule, not both of them")
         if isinstance(scheduler, (str, Mapping, ScheduleOptions)):
             settings["schedule"], scheduler = scheduler, None
-        self.options = read_options(TrainerOptions, settings, "Trainer")
+        self.options = read_options(TrainerOptions, settings, "Trainer", _ARGUMENTS)
         check_epochs(train_data, self.options.epochs)
         self.model = model
         self._loss: Loss = default_loss if loss is None else loss
@@ -419,3 +421,7 @@ class Trainer:
         state = self._world.from_first(self.optimizer.state_dict() if self._world.first else None)
         if not self._world.first:
             self.optimizer.load_state_dict(state)
+
+
+# What may be given besides the options.
+_ARGUMENTS = [name for name in inspect.signature(Trainer).parameters if name != "options"]

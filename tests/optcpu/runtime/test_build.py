@@ -71,3 +71,14 @@ def test_a_way_of_storing_that_is_there_is_taken() -> None:
     small_trainer(model, weights="split", state_dtype=torch.bfloat16, **settings)
     with pytest.raises(OptcpuError, match="are stored as 'split', not 'bf16'"):
         small_trainer(model, weights="bf16", **settings)
+
+
+def test_settings_of_the_compiler_are_refused_where_it_has_nothing_to_do() -> None:
+    for name, value in (("precision", "bf16"), ("layout", "native"), ("dynamic", True)):
+        with pytest.raises(
+            ValueError, match=rf"{name}={value!r} needs compile: .* leave {name} out"
+        ):
+            small_trainer(compile=False, **{name: value})
+    with pytest.raises(ValueError, match=r"passes needs compile: .* leave them out"):
+        small_trainer(compile=False, passes=[])
+    small_trainer(compile=False, precision="fp32", layout="none", dynamic=False, passes=None)
