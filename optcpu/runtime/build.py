@@ -27,6 +27,7 @@ from optcpu.optim.weights import StoredWeight
 from optcpu.optimize import Settings, compiled_call, optimize
 from optcpu.pipeline import Pipeline, resolve_precision
 from optcpu.runtime.callbacks import Callback
+from optcpu.runtime.data.loading import is_dataset
 from optcpu.runtime.freezing.freezer import DynamicFreezer
 from optcpu.runtime.options import TrainerOptions
 from optcpu.runtime.schedule import make_schedule
@@ -59,6 +60,35 @@ def check_epochs(data: Any, epochs: int | None) -> None:
         raise TypeError(
             f"{type(data).__name__} can be gone through once only, and epochs is {epochs}: give a list, a "
             "DataLoader or a dataset, or steps in place of epochs"
+        )
+
+
+def check_data_settings(
+    options: TrainerOptions, training: Any, validation: Any, **given: Any
+) -> None:
+    """Refuse settings of how batches are made where the data are batches already.
+
+    Args:
+        options: of the run.
+        training: the training data.
+        validation: the validation data; None if there are none.
+        given: such settings that are no options; None where one is not given.
+
+    Raises:
+        ValueError: naming them.
+    """
+    if is_dataset(training):
+        return
+    of_training = {"workers": "auto", "drop_last": False}  # only; what changes nothing may be said
+    ignored = [name for name, usual in of_training.items() if getattr(options, name) != usual]
+    if not is_dataset(validation):
+        ignored += [name for name in ("batch_size",) if name in options.model_fields_set]
+        ignored += [name for name, value in given.items() if value is not None]
+    if ignored:
+        raise ValueError(
+            f"{', '.join(ignored)} would change nothing: the training data are batches already "
+            f"({type(training).__name__}). Remedy: leave it out and set it where they are made, or give a "
+            "Dataset; a list of samples has to be put into one"
         )
 
 

@@ -17,6 +17,7 @@ from torch.optim import Optimizer
 from optcpu.errors import OptcpuError
 from optcpu.measure.batches import Batch, Loss, default_loss
 from optcpu.runtime.build import (
+    check_data_settings,
     check_epochs,
     check_functions,
     check_model,
@@ -118,7 +119,8 @@ class Trainer:
         state_dtype: of the optimizer, as in :func:`optcpu.optimize`.
         size_of: how many samples (or tokens) a batch counts as; by default the first dimension of its
             first tensor. The loss of each micro-batch counts by this.
-        collate_fn: makes a batch of samples, where the data are a dataset.
+        collate_fn: makes a batch of samples, where the data are a dataset; like ``batch_size``,
+            ``workers`` and ``drop_last`` it is refused where they are batches already.
         **options: all fields of :class:`optcpu.runtime.options.TrainerOptions`.
 
     Attributes:
@@ -163,6 +165,7 @@ class Trainer:
             settings["schedule"], scheduler = scheduler, None
         self.options = read_options(TrainerOptions, settings, "Trainer", _ARGUMENTS)
         check_epochs(train_data, self.options.epochs)
+        check_data_settings(self.options, train_data, validation_data, collate_fn=collate_fn)
         self.model = model
         self._loss: Loss = default_loss if loss is None else loss
         self._metrics = check_metrics(metrics)
