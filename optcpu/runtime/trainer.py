@@ -51,6 +51,7 @@ from optcpu.runtime.plan import Plan
 from optcpu.runtime.reading import read_options
 from optcpu.runtime.report import open_log
 from optcpu.runtime.run import Run
+from optcpu.runtime.schedule_free import evaluation_weights, to_training_weights
 from optcpu.runtime.signals import StopRequest
 from optcpu.runtime.step import StepRunner, buffers_of, samples_in, trained_parameters
 from optcpu.runtime.stopping import Stopper
@@ -107,7 +108,10 @@ class Trainer:
         metrics: of validation: names of :data:`optcpu.runtime.validation.BUILT_IN`, or a mapping of
             names to functions ``(output, batch) -> number`` or metrics of torchmetrics.
         optimizer: an optimizer of the model's parameters, or the settings of one
-            (:class:`optcpu.runtime.options.OptimizerOptions`), or only its name.
+            (:class:`optcpu.runtime.options.OptimizerOptions`), or only its name. One with ``train()``
+            and ``eval()`` (schedule-free) is validated in the latter, and trained in the former: so are
+            the weights after :meth:`train`, and ``model.safetensors`` in checkpoints, before you call
+            ``optimizer.eval()``.
         lr: learning rate, where ``optimizer`` is no object.
         scheduler: any of PyTorch's for ``optimizer``, a function that makes one from it, or the settings
             of one (:class:`optcpu.runtime.options.ScheduleOptions`), or only its name. It steps after
@@ -250,6 +254,7 @@ class Trainer:
         try:
             with modes_kept(self.model), self._updates_in_backward():
                 self.model.train()
+                to_training_weights(self.optimizer)
                 if self._freezer is not None:
                     self._freezer.keep_modes()
                 return self._train()
@@ -341,14 +346,17 @@ class Trainer:
     def validate(self) -> dict[str, float]:
         """``"loss"`` and the metrics on the validation data, with the weights as they are.
 
+        A schedule-free optimizer evaluates the weights that it means for that.
+
         Raises:
             OptcpuError: there are no validation data.
         """
         if self._validation is None:
             raise OptcpuError("there is nothing to validate on: give the trainer validation_data")
-        results = validate(
-            self.model, self._validation(), self._loss, self._metrics, size_of=self._size_of
-        )
+        with evaluation_weights(self.optimizer):
+            results = validate(
+                self.model, self._validation(), self._loss, self._metrics, size_of=self._size_of
+            )
         assert results is not None
         return results
 
