@@ -101,6 +101,7 @@ class Run:
         own_optimizer_states: whether each process has an optimizer state of its own.
         pending: a step whose micro-batches are used in part.
         unsaved: what model and loss know beyond their ``state_dict()``.
+        given: what was set for optimizer and scheduler when the run began.
         buffers: what running statistics were before the step in progress.
     """
 
@@ -115,6 +116,7 @@ class Run:
     callbacks: Sequence[Callback]
     plan: Plan
     unsaved: Unsaved
+    given: Settings
     own_optimizer_states: bool = False
     clock: Clock = field(default_factory=Clock)
     position: Position = field(default_factory=Position)
@@ -175,6 +177,7 @@ class Run:
             "optimizer": self.optimizer.state_dict(),
             "optimizer_kind": _kind(self.optimizer),
             "optimizer_groups": self._optimizer_groups(),
+            "given": asdict(self.given),
             "scheduler": self.scheduler.state_dict(),
             "scheduler_kind": _kind_of_scheduler(self.scheduler),
             "freezer": None if self.freezer is None else self.freezer.state_dict(),
@@ -281,12 +284,13 @@ class Run:
                 "checkpoint has the weights)"
             )
         gemm.adopt(state["kernels"])
-        given = Settings.of(self.optimizer, self.scheduler)
         self.load_weights(state)
         self.scheduler.load_state_dict(state["scheduler"])
         if "trained" in state:  # checkpoints once were without
             self.unsaved.set_trained(state["trained"])
-        given.tell_changes(Settings.of(self.optimizer, self.scheduler))
+        now = Settings.within(self.optimizer, self.scheduler)
+        # Checkpoints once were without those given.
+        self.given = self.given.following(Settings(**state["given"]) if "given" in state else now)
         self._load_callbacks(state["callbacks"])
         self.clock.load_state_dict(state["clock"])
         self.position = Position(**state["position"])

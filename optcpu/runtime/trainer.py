@@ -52,6 +52,7 @@ from optcpu.runtime.reading import read_options
 from optcpu.runtime.report import open_log
 from optcpu.runtime.run import Run
 from optcpu.runtime.schedule_free import evaluation_weights, to_training_weights
+from optcpu.runtime.settings import Settings
 from optcpu.runtime.signals import StopRequest
 from optcpu.runtime.step import StepRunner, buffers_of, samples_in, trained_parameters
 from optcpu.runtime.stopping import Stopper
@@ -216,6 +217,7 @@ class Trainer:
         )
         self._stop = StopRequest()
         self._run: Run | None = None
+        self._given: Settings | None = None
         self._begun = False
 
     @property
@@ -376,6 +378,8 @@ class Trainer:
 
     def _make_run(self) -> Run:
         stopping = self.options.early_stopping
+        if self._given is None:  # later, a run that ended in an error has moved some
+            self._given = Settings.given(self.optimizer, self._scheduler)
         return Run(
             self.model,
             self._loss,
@@ -388,6 +392,7 @@ class Trainer:
             self._callbacks,
             self._plan,
             self._unsaved,
+            self._given,
             own_optimizer_states=self.options.local_steps is not None,
         )
 

@@ -36,6 +36,7 @@ from optcpu.runtime import Callback, CheckpointFolder
 from optcpu.runtime.data.loading import Feed
 from optcpu.runtime.plan import Plan
 from optcpu.runtime.run import Run
+from optcpu.runtime.settings import Settings
 from optcpu.runtime.unsaved import Unsaved
 from optcpu.runtime.world import World
 
@@ -785,6 +786,7 @@ def test_several_processes_begin_a_step_anew(tmp_path: Path) -> None:
         [],
         Plan.of(4, 2, 2, None),
         Unsaved(trainer.model),
+        Settings.given(trainer.optimizer, trainer._scheduler),
     )
     assert run.load_state_dict(saved.state) is None
     assert run.feed.batches_done == 0
