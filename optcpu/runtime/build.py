@@ -11,12 +11,7 @@ import torch.nn.functional as F
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 from torch.optim import Optimizer
-from torch.optim.lr_scheduler import (
-    ChainedScheduler,
-    LRScheduler,
-    OneCycleLR,
-    ReduceLROnPlateau,
-)
+from torch.optim.lr_scheduler import LRScheduler, ReduceLROnPlateau
 
 from optcpu.cpu import capabilities
 from optcpu.errors import OptcpuError
@@ -30,7 +25,7 @@ from optcpu.runtime.callbacks import Callback
 from optcpu.runtime.data.loading import is_dataset
 from optcpu.runtime.freezing.freezer import DynamicFreezer
 from optcpu.runtime.options import TrainerOptions
-from optcpu.runtime.schedule import make_schedule
+from optcpu.runtime.schedule import make_schedule, too_short
 from optcpu.takeover import stored_as, widen_gradients
 from passes.base import Pass, Rewrite
 
@@ -220,20 +215,12 @@ def make_scheduler(
         raise ValueError(
             "ReduceLROnPlateau follows the loss of validation, which is to fall: mode='min', not 'max'"
         )
-    for one in scheduler._schedulers if isinstance(scheduler, ChainedScheduler) else [scheduler]:
-        if isinstance(one, OneCycleLR):
-            _check_end(one, total_steps)
-    return scheduler
-
-
-def _check_end(scheduler: OneCycleLR, total_steps: int | None) -> None:
-    left = scheduler.total_steps - scheduler.last_epoch
-    if total_steps is None or total_steps > left:
-        steps = "an unknown number of" if total_steps is None else total_steps
+    told = too_short(scheduler, total_steps)
+    if told is not None:
         raise ValueError(
-            f"OneCycleLR has {left} optimizer steps to its end, and the run has {steps}: give it the "
-            "total_steps of the run (a step takes accumulation_steps micro-batches)"
+            f"{told}: give it the total_steps of the run (a step takes accumulation_steps micro-batches)"
         )
+    return scheduler
 
 
 def make_freezer(

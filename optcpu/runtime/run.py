@@ -22,7 +22,7 @@ from optcpu.runtime.clock import Clock
 from optcpu.runtime.data.loading import Feed
 from optcpu.runtime.freezing.freezer import DynamicFreezer
 from optcpu.runtime.plan import Plan
-from optcpu.runtime.schedule import Schedule
+from optcpu.runtime.schedule import Schedule, too_short
 from optcpu.runtime.settings import Settings
 from optcpu.runtime.step import (
     MicroBatches,
@@ -332,8 +332,21 @@ class Run:
         self.plan = self.plan.after(state, self.position.step, self.position.epoch, left)
         if isinstance(self.scheduler, Schedule):
             self.scheduler.end_at(self.plan.total)
+        self._refuse_a_short_scheduler()
         if self.freezer is not None and self.freezer.total_steps is not None:
             self.freezer.total_steps = self.plan.total
+
+    def _refuse_a_short_scheduler(self) -> None:
+        """One of PyTorch goes on as the checkpoint has it, whatever its length is to be now."""
+        if self.plan.total is None or self.position.stop_reason is not None:
+            return
+        told = too_short(self.scheduler, self.plan.total - self.position.step)
+        if told is not None:
+            raise OptcpuError(
+                f"{told}, as the checkpoint's scheduler is gone on with. Remedy: train no longer than that; or "
+                "take another folder for checkpoints, and begin with the weights in the checkpoint's "
+                "model.safetensors"
+            )
 
     def resume_step(
         self, pending: dict[str, Any], step: MicroBatches | None, data: dict[str, Any]
