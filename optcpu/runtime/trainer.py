@@ -29,7 +29,6 @@ from optcpu.runtime.build import (
 )
 from optcpu.runtime.callbacks import Callback
 from optcpu.runtime.checkpoint.folder import CheckpointFolder
-from optcpu.runtime.checkpoint.format import Checkpoint
 from optcpu.runtime.data.loading import Feed, evaluation_batches
 from optcpu.runtime.data.sources import parts_of, warn_if_not_exact
 from optcpu.runtime.display import Display
@@ -50,6 +49,7 @@ from optcpu.runtime.placement import settle
 from optcpu.runtime.plan import Plan
 from optcpu.runtime.reading import read_options
 from optcpu.runtime.report import open_log
+from optcpu.runtime.resuming import checkpoint_to_go_on_from
 from optcpu.runtime.run import Run
 from optcpu.runtime.schedule_free import evaluation_weights, to_training_weights
 from optcpu.runtime.settings import Settings
@@ -94,6 +94,10 @@ class Trainer:
     The model is compiled by :func:`optcpu.optimize`, with its optimizer. A run that writes checkpoints
     and is interrupted, killed or loses power goes on from the newest one when the same program is
     started again, and ends with the same bits as one that was not.
+
+    All modules are put into training mode when :meth:`train` begins. What shall be in evaluation mode to
+    the end of it, such as the batch norm of a backbone that is frozen, is put into that by a callback's
+    ``on_train_begin``: ``trainer.model.backbone.eval()``.
 
     Args:
         model: any module with FP32 parameters on the CPU.
@@ -276,7 +280,7 @@ class Trainer:
         run, self._run = self._run, None  # kept only if all goes well
         if run is None:
             run = self._make_run()
-            saved = self._checkpoint(folder)
+            saved = checkpoint_to_go_on_from(folder, world, options.resume)
             if saved is None and self._begun:
                 raise OptcpuError(
                     "this run has ended in an error, and there is no checkpoint to go on from: make model, "
@@ -395,25 +399,6 @@ class Trainer:
             self._given,
             own_optimizer_states=self.options.local_steps is not None,
         )
-
-    def _checkpoint(self, folder: CheckpointFolder | None) -> Checkpoint | None:
-        """What to go on from; None to begin anew."""
-        saved = None if folder is None else folder.load()
-        steps = self._world.gather(None if saved is None else saved.step)
-        if len(set(steps)) > 1:
-            raise OptcpuError(
-                f"the processes find other checkpoints (of the steps {steps}, by process): the folder must "
-                "be on a disk that all machines share"
-            )
-        if saved is None and self.options.resume == "must":
-            where = self.options.checkpoints and self.options.checkpoints.folder
-            raise OptcpuError(f"resume is 'must', but {where} holds no checkpoint")
-        if saved is not None and self.options.resume == "never":
-            raise OptcpuError(
-                f"resume is 'never', but {saved.path.parent} holds a checkpoint of step {saved.step}: "
-                "choose another folder, or remove it"
-            )
-        return saved
 
     def _open_folder(self) -> CheckpointFolder | None:
         options = self.options.checkpoints

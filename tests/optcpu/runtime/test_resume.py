@@ -846,7 +846,7 @@ def test_a_scheduler_that_ends_before_a_longer_run_is_refused(tmp_path: Path) ->
     assert trainer(2, Losses()).train().steps == 4
     assert trainer(2, Losses()).train().steps == 4
     longer = Losses()
-    told = r"OneCycleLR has 0 optimizer steps to its end, and the run has 4: .*model\.safetensors"
+    told = r"OneCycleLR has 0 optimizer steps to its end, and the run has 4, .*model\.safetensors"
     for _ in range(2):
         with (
             pytest.warns(UserWarning, match="total_steps 4 instead of 8"),
