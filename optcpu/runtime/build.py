@@ -82,8 +82,8 @@ def check_data_settings(
     if ignored:
         raise ValueError(
             f"{', '.join(ignored)} would change nothing: the training data are batches already "
-            f"({type(training).__name__}). Remedy: leave it out and set it where they are made, or give a "
-            "Dataset; a list of samples has to be put into one"
+            f"({type(training).__name__}). Remedy: leave that out and set it where they are made, or give "
+            "a Dataset; a list of samples has to be put into one"
         )
 
 
