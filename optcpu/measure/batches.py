@@ -29,6 +29,7 @@ Batch: TypeAlias = Any
 Loss: TypeAlias = Callable[[Any, Any], Tensor]
 
 LEFT_OUT = -100  # targets that PyTorch's cross entropy ignores by default
+_BATCH_THEM = "Put samples into a Dataset or a DataLoader, which make batches of them."
 _CONVENTION = (
     "A batch is a tensor, a tuple (*inputs, target), or a dict of keyword arguments; "
     "several batches are a list of those."
@@ -143,7 +144,8 @@ def default_loss(output: Any, batch: Batch) -> Tensor:
     Raises:
         TypeError: if there is neither a loss in the output nor a target, or if the output is not
             one tensor.
-        ValueError: if the shapes of output and target do not fit, or a target is no class.
+        ValueError: if the shapes of output and target do not fit, a target is no class, or the batch is
+            one sample.
     """
     if isinstance(output, Tensor):
         logits = output
@@ -153,6 +155,11 @@ def default_loss(output: Any, batch: Batch) -> Tensor:
             return own
         logits = _entry(output, "logits")
     target = _target(batch)
+    if _is_a_number(batch, target):
+        raise ValueError(
+            f"the target is one number, as of a single sample, with {describe_call(batch)}: there is no "
+            f"batch dimension. {_BATCH_THEM}"
+        )
     if target is None:
         raise TypeError(
             "there is no target for the default loss: the output has no .loss and the batch is not "
@@ -176,9 +183,10 @@ def default_loss(output: Any, batch: Batch) -> Tensor:
 
 
 def _misfit(loss: str, output: Tensor, target: Tensor) -> ValueError:
+    sample = "" if target.dim() else f" If these are single samples: {_BATCH_THEM}"
     return ValueError(
         f"{loss} does not fit output {_describe(output)} and target {_describe(target)}. Reshape them, "
-        "or pass loss=lambda output, batch: ..."
+        f"or pass loss=lambda output, batch: ...{sample}"
     )
 
 
@@ -198,6 +206,13 @@ def _target(batch: Batch) -> Tensor | None:
     if isinstance(batch, tuple) and len(batch) > 1 and isinstance(batch[-1], Tensor):
         return batch[-1]
     return None
+
+
+def _is_a_number(batch: Batch, target: Tensor | None) -> bool:
+    """Whether the target is one class; a number of floating point may be of a batch that is one thing."""
+    if target is not None:
+        return target.dim() == 0 and not target.is_floating_point()
+    return isinstance(batch, tuple) and len(batch) > 1 and isinstance(batch[-1], (int, float))
 
 
 def _cross_entropy(logits: Tensor, target: Tensor) -> Tensor:

@@ -11,12 +11,7 @@ import torch.nn.functional as F
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 from torch.optim import Optimizer
-from torch.optim.lr_scheduler import (
-    ChainedScheduler,
-    LRScheduler,
-    OneCycleLR,
-    ReduceLROnPlateau,
-)
+from torch.optim.lr_scheduler import LRScheduler, ReduceLROnPlateau
 
 from optcpu.cpu import capabilities
 from optcpu.errors import OptcpuError
@@ -27,9 +22,10 @@ from optcpu.optim.weights import StoredWeight
 from optcpu.optimize import Settings, compiled_call, optimize
 from optcpu.pipeline import Pipeline, resolve_precision
 from optcpu.runtime.callbacks import Callback
+from optcpu.runtime.data.loading import is_dataset
 from optcpu.runtime.freezing.freezer import DynamicFreezer
 from optcpu.runtime.options import TrainerOptions
-from optcpu.runtime.schedule import make_schedule
+from optcpu.runtime.schedule import make_schedule, too_short
 from optcpu.takeover import stored_as, widen_gradients
 from passes.base import Pass, Rewrite
 
@@ -62,6 +58,35 @@ def check_epochs(data: Any, epochs: int | None) -> None:
         )
 
 
+def check_data_settings(
+    options: TrainerOptions, training: Any, validation: Any, **given: Any
+) -> None:
+    """Refuse settings of how batches are made where the data are batches already.
+
+    Args:
+        options: of the run.
+        training: the training data.
+        validation: the validation data; None if there are none.
+        given: such settings that are no options; None where one is not given.
+
+    Raises:
+        ValueError: naming them.
+    """
+    if is_dataset(training):
+        return
+    of_training = {"workers": "auto", "drop_last": False}  # only; what changes nothing may be said
+    ignored = [name for name, usual in of_training.items() if getattr(options, name) != usual]
+    if not is_dataset(validation):
+        ignored += [name for name in ("batch_size",) if name in options.model_fields_set]
+        ignored += [name for name, value in given.items() if value is not None]
+    if ignored:
+        raise ValueError(
+            f"{', '.join(ignored)} would change nothing: the training data are batches already "
+            f"({type(training).__name__}). Remedy: leave that out and set it where they are made, or give "
+            "a Dataset; a list of samples has to be put into one"
+        )
+
+
 def compile_model(
     model: nn.Module,
     optimizer: Optimizer,
@@ -74,10 +99,15 @@ def compile_model(
     Raises:
         OptcpuError: it is compiled, or its weights or the optimizer's state are stored, with other settings
             than those that are given.
+        ValueError: there are passes, and it is not to be compiled.
     """
     present = compiled_call(model)
     if present is not None:
         _check_compiled(present.settings, options, passes)
+    elif passes is not None and not options.compile:
+        raise ValueError(
+            "passes needs compile: an eager model has none; leave them out, or compile it"
+        )
     if present is not None or not options.compile:
         _check_stored(model, optimizer, options, state_dtype)
     elif options.compile:
@@ -185,20 +215,12 @@ def make_scheduler(
         raise ValueError(
             "ReduceLROnPlateau follows the loss of validation, which is to fall: mode='min', not 'max'"
         )
-    for one in scheduler._schedulers if isinstance(scheduler, ChainedScheduler) else [scheduler]:
-        if isinstance(one, OneCycleLR):
-            _check_end(one, total_steps)
-    return scheduler
-
-
-def _check_end(scheduler: OneCycleLR, total_steps: int | None) -> None:
-    left = scheduler.total_steps - scheduler.last_epoch
-    if total_steps is None or total_steps > left:
-        steps = "an unknown number of" if total_steps is None else total_steps
+    told = too_short(scheduler, total_steps)
+    if told is not None:
         raise ValueError(
-            f"OneCycleLR has {left} optimizer steps to its end, and the run has {steps}: give it the "
-            "total_steps of the run (a step takes accumulation_steps micro-batches)"
+            f"{told}: give it the total_steps of the run (a step takes accumulation_steps micro-batches)"
         )
+    return scheduler
 
 
 def make_freezer(

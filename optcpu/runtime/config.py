@@ -8,7 +8,8 @@ from typing import Any
 
 from optcpu.errors import OptcpuError
 from optcpu.runtime.jobs import job
-from optcpu.runtime.options import TrainerOptions, group_at, read_options
+from optcpu.runtime.options import TrainerOptions
+from optcpu.runtime.reading import group_at, read_options
 from optcpu.runtime.trainer import Trainer
 
 if sys.version_info >= (3, 11):

@@ -22,6 +22,7 @@ from optcpu.runtime.options import TrainerOptions
 from optcpu.runtime.report import Reporter
 from optcpu.runtime.run import Run
 from optcpu.runtime.saving import Saver, TrainingDiverged
+from optcpu.runtime.schedule_free import evaluation_weights
 from optcpu.runtime.signals import StopRequest
 from optcpu.runtime.step import (
     MicroBatches,
@@ -340,14 +341,15 @@ class Loop:
         run = self._run
         assert self._validation is not None
         started = time.perf_counter()
-        results = validate(
-            run.model,
-            self._validation(),
-            run.loss,
-            self._metrics,
-            size_of=self._size_of,
-            interrupted=lambda: self._stop.by is not None and run.world.size == 1,
-        )
+        with evaluation_weights(run.optimizer):
+            results = validate(
+                run.model,
+                self._validation(),
+                run.loss,
+                self._metrics,
+                size_of=self._size_of,
+                interrupted=lambda: self._stop.by is not None and run.world.size == 1,
+            )
         if results is None:
             return None
         # Random numbers and data of their own may differ: what follows from the results must not.

@@ -2,14 +2,10 @@
 
 from __future__ import annotations
 
-import difflib
-from collections.abc import Iterable
 from pathlib import Path
-from typing import Annotated, Any, ClassVar, Literal, TypeVar
+from typing import Annotated, Any, ClassVar, Literal
 
-from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError, model_validator
-
-SomeOptions = TypeVar("SomeOptions", bound="Options")
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, model_validator
 
 
 # A path, in which "~" is the home folder. (An empty one would be this folder.)
@@ -26,22 +22,6 @@ def _folder(path: Path) -> Path:
 
 Folder = Annotated[Path, Field(strict=False), AfterValidator(_folder)]
 
-
-_NOT_A_GROUP = ("model_type", "model_attributes_type", "dict_type")  # pydantic's words
-# What settings are called elsewhere.
-_USUAL = {
-    "learning_rate": "lr",
-    "wd": "weight_decay",
-    "max_epochs": "epochs",
-    "num_epochs": "epochs",
-    "max_steps": "steps",
-    "num_workers": "workers",
-    "gradient_accumulation_steps": "accumulation_steps",
-    "accumulate_grad_batches": "accumulation_steps",
-    "gradient_clip_val": "max_grad_norm",
-    "clip_grad_norm": "max_grad_norm",
-}
-_EXPECTED = "; input should be "  # pydantic's words
 _MOST_THREADS = 1024  # or processes: more end the process before anything can be told
 
 
@@ -304,6 +284,13 @@ class TrainerOptions(Options):
             )
         if self.compile_loss and not self.compile:
             raise ValueError("compile_loss needs compile: the loss is compiled with the model")
+        ignored = {"precision": ("auto", "fp32"), "layout": ("auto", "none"), "dynamic": (False,)}
+        for name, eager in ignored.items():
+            if not self.compile and getattr(self, name) not in eager:
+                raise ValueError(
+                    f"{name}={getattr(self, name)!r} needs compile: an eager model runs as it is; leave "
+                    f"{name} out, or compile it"
+                )
         if self.update_in_backward and self.max_grad_norm is not None:
             raise ValueError(
                 "update_in_backward and max_grad_norm exclude each other: the norm of the whole "
@@ -334,97 +321,3 @@ class TrainerOptions(Options):
         if self.resume == "must" and self.checkpoints is None:
             raise ValueError("resume='must' needs checkpoints to resume from")
         return self
-
-
-def read_options(kind: type[SomeOptions], given: dict[str, Any], what: str) -> SomeOptions:
-    """The options of a ``kind`` that ``given`` describes.
-
-    Args:
-        kind: which group of settings.
-        given: names and values.
-        what: what they are called in messages, as in ``"Trainer"``.
-
-    Raises:
-        ValueError: naming each setting that is unknown or has a value that it cannot have.
-    """
-    try:
-        return kind.model_validate(given)
-    except ValidationError as error:
-        problems = _joined(_problem(kind, dict(one)) for one in error.errors())
-        raise ValueError(f"{what}: {'; '.join(problems)}") from None
-
-
-def _joined(problems: Iterable[str]) -> list[str]:
-    """Without repetitions, and in one sentence what a value could have been instead."""
-    joined: dict[str, list[str]] = {}
-    for problem in problems:
-        start, expected, instead = problem.partition(_EXPECTED)
-        alternatives = joined.setdefault(start + expected, [])
-        if instead not in alternatives:
-            alternatives.append(instead)
-    return [start + " or ".join(alternatives) for start, alternatives in joined.items()]
-
-
-def _problem(kind: type[Options], error: dict[str, Any]) -> str:
-    # For a union, pydantic adds the branch that it tried, as in ("threads", "int").
-    path = [str(part) for part in error["loc"]]
-    while (
-        len(path) > 1
-        and error["type"] != "extra_forbidden"
-        and path[-1] not in _names_at(kind, path[:-1])
-    ):
-        path.pop()
-    name = ".".join(path)
-    if error["type"] == "extra_forbidden":
-        known = _names_at(kind, path[:-1])
-        near = [*_groups_with(kind, path), *_like(path[-1], known)]
-        hint = f"did you mean {near[0]!r}?" if near else f"known are {', '.join(known)}"
-        return f"there is no setting {name!r}; {hint}"
-    if error["type"] == "value_error" and not path:
-        return str(error["ctx"]["error"])
-    if error["type"] == "value_error":
-        return f"{name}: {error['ctx']['error']}"
-    if error["type"] == "missing" and len(path) < len(error["loc"]):
-        return f"{name} is {error['input']!r}; it has too few values"
-    if error["type"] == "missing":
-        return f"{name} is missing: it is required{_beside(path)}"
-    if error["type"] in _NOT_A_GROUP:
-        names = ", ".join(_names_at(kind, path))
-        return f"{name} is {error['input']!r}; it is a group of settings: {names}"
-    message = str(error["msg"])
-    return f"{name} is {error['input']!r}; {message[:1].lower()}{message[1:]}"
-
-
-def _beside(path: list[str]) -> str:
-    return " beside the other settings of its group" if len(path) > 1 else ""
-
-
-def _like(name: str, known: list[str]) -> list[str]:
-    """The setting of those that are known which ``name`` may stand for."""
-    usual = [_USUAL[name]] if _USUAL.get(name) in known else []
-    return usual or difflib.get_close_matches(name, known, n=1)
-
-
-def _groups_with(kind: type[Options], path: list[str]) -> list[str]:
-    """The groups beside ``path``, as in ``"optimizer.lr"``, that do have a setting of its last name."""
-    groups = [[*path[:-1], name] for name in _names_at(kind, path[:-1])]
-    inner = [[*group, path[-1]] for group in groups if path[-1] in _names_at(kind, group)]
-    return [".".join(names) for names in inner]
-
-
-def _names_at(kind: type[Options], path: list[str]) -> list[str]:
-    """The settings of the group that ``path`` leads to."""
-    return list(group_at(kind, path).model_fields)
-
-
-def group_at(kind: type[Options], path: list[str]) -> type[Options]:
-    """The group that ``path`` leads to from ``kind``, or the one that its last setting is in."""
-    for part in path:
-        if part not in kind.model_fields:
-            continue  # pydantic names the branch of a union, too
-        annotation = kind.model_fields[part].annotation
-        groups = [annotation, *getattr(annotation, "__args__", ())]
-        inner = [g for g in groups if isinstance(g, type) and issubclass(g, Options)]
-        if inner:
-            kind = inner[0]
-    return kind

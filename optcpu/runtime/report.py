@@ -14,7 +14,8 @@ from optcpu.runtime.freezing import freezer
 from optcpu.runtime.freezing.freezer import FreezeEvent
 from optcpu.runtime.metrics_log import MetricsLog
 from optcpu.runtime.options import LogOptions, TrainerOptions
-from optcpu.runtime.run import Position, Run
+from optcpu.runtime.position import Position
+from optcpu.runtime.run import Run
 
 
 def open_log(

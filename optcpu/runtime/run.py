@@ -22,7 +22,8 @@ from optcpu.runtime.clock import Clock
 from optcpu.runtime.data.loading import Feed
 from optcpu.runtime.freezing.freezer import DynamicFreezer
 from optcpu.runtime.plan import Plan
-from optcpu.runtime.schedule import Schedule
+from optcpu.runtime.position import Position
+from optcpu.runtime.schedule import Schedule, too_short
 from optcpu.runtime.settings import Settings
 from optcpu.runtime.step import (
     MicroBatches,
@@ -35,50 +36,6 @@ from optcpu.runtime.stopping import Stopper
 from optcpu.runtime.unsaved import Unsaved
 from optcpu.runtime.world import World
 from passes import gemm
-
-
-@dataclass
-class Position:
-    """How far a run is.
-
-    Attributes:
-        step: optimizer steps made, those that were skipped as bad included.
-        epoch: epochs ended.
-        samples: that went into those steps, over all processes.
-        epoch_ended: whether no step was made since an epoch ended.
-        validated: the step after which the last validation was; -1 before the first.
-        metrics: what that validation gave.
-        best: the best value of the metric that decides which checkpoint is kept.
-        best_of: that metric, and whether less or more of it is better.
-        unfinished: what is left to do about the last step, and what is to be told of it; None once
-            that is done (:class:`optcpu.runtime.finish.Finisher`).
-        unlogged: what the log should tell of the last step, and does not yet.
-        untold: the event that callbacks behind one that failed were not told of
-            (:func:`optcpu.runtime.events.tell`).
-        bad_steps: how many steps in a row were bad.
-        regular_save: the step of the last checkpoint that a run without interruption has, too.
-        waits: what was due while processes made steps by themselves, and is done when they have met:
-            ``"validation"``, ``"checkpoint"``.
-        stop_reason: why the run has ended before its time.
-        losses: of the steps since the last row of the log.
-    """
-
-    step: int = 0
-    epoch: int = 0
-    samples: int = 0
-    epoch_ended: bool = False
-    validated: int = -1
-    metrics: dict[str, float] = field(default_factory=dict)
-    best: float | None = None
-    best_of: str | None = None
-    unfinished: dict[str, Any] | None = None
-    unlogged: dict[str, float] | None = None
-    untold: dict[str, Any] | None = None
-    bad_steps: int = 0
-    regular_save: int = -1
-    waits: list[str] = field(default_factory=list)
-    stop_reason: str | None = None
-    losses: list[float] = field(default_factory=list)
 
 
 @dataclass
@@ -101,6 +58,7 @@ class Run:
         own_optimizer_states: whether each process has an optimizer state of its own.
         pending: a step whose micro-batches are used in part.
         unsaved: what model and loss know beyond their ``state_dict()``.
+        given: what was set for optimizer and scheduler when the run began.
         buffers: what running statistics were before the step in progress.
     """
 
@@ -115,6 +73,7 @@ class Run:
     callbacks: Sequence[Callback]
     plan: Plan
     unsaved: Unsaved
+    given: Settings
     own_optimizer_states: bool = False
     clock: Clock = field(default_factory=Clock)
     position: Position = field(default_factory=Position)
@@ -175,6 +134,7 @@ class Run:
             "optimizer": self.optimizer.state_dict(),
             "optimizer_kind": _kind(self.optimizer),
             "optimizer_groups": self._optimizer_groups(),
+            "given": asdict(self.given),
             "scheduler": self.scheduler.state_dict(),
             "scheduler_kind": _kind_of_scheduler(self.scheduler),
             "freezer": None if self.freezer is None else self.freezer.state_dict(),
@@ -281,12 +241,13 @@ class Run:
                 "checkpoint has the weights)"
             )
         gemm.adopt(state["kernels"])
-        given = Settings.of(self.optimizer, self.scheduler)
         self.load_weights(state)
         self.scheduler.load_state_dict(state["scheduler"])
         if "trained" in state:  # checkpoints once were without
             self.unsaved.set_trained(state["trained"])
-        given.tell_changes(Settings.of(self.optimizer, self.scheduler))
+        now = Settings.within(self.optimizer, self.scheduler)
+        # Checkpoints once were without those given.
+        self.given = self.given.following(Settings(**state["given"]) if "given" in state else now)
         self._load_callbacks(state["callbacks"])
         self.clock.load_state_dict(state["clock"])
         self.position = Position(**state["position"])
@@ -328,8 +289,21 @@ class Run:
         self.plan = self.plan.after(state, self.position.step, self.position.epoch, left)
         if isinstance(self.scheduler, Schedule):
             self.scheduler.end_at(self.plan.total)
+        self._refuse_a_short_scheduler()
         if self.freezer is not None and self.freezer.total_steps is not None:
             self.freezer.total_steps = self.plan.total
+
+    def _refuse_a_short_scheduler(self) -> None:
+        """One of PyTorch goes on as the checkpoint has it, whatever its length is to be now."""
+        if self.plan.total is None or self.position.stop_reason is not None:
+            return
+        told = too_short(self.scheduler, self.plan.total - self.position.step)
+        if told is not None:
+            raise OptcpuError(
+                f"{told}, as the checkpoint's scheduler goes on. Remedy: train no longer than that; or "
+                "take another folder for checkpoints, and begin with the weights of the old ones (in "
+                "model.safetensors)"
+            )
 
     def resume_step(
         self, pending: dict[str, Any], step: MicroBatches | None, data: dict[str, Any]

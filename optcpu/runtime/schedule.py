@@ -7,7 +7,7 @@ from typing import Any
 
 from torch import Tensor
 from torch.optim import Optimizer
-from torch.optim.lr_scheduler import LambdaLR
+from torch.optim.lr_scheduler import ChainedScheduler, LambdaLR, LRScheduler, OneCycleLR
 
 from optcpu.runtime.options import ScheduleOptions
 
@@ -34,7 +34,8 @@ class Schedule(LambdaLR):
     """A scheduler that follows :func:`factor`, one step for each optimizer step.
 
     As long as the factor stays the same, the learning rates are left as they are, so that a callback may
-    set them. A run that goes on with another learning rate or length follows the new ones at once.
+    set them. A run that goes on with another learning rate or length follows the new ones at once. A group
+    that is added to the optimizer follows the factor from the next step on, from its own learning rate.
 
     Args:
         optimizer: whose groups' learning rates are the highest ones.
@@ -53,18 +54,26 @@ class Schedule(LambdaLR):
 
     def end_at(self, total_steps: int | None) -> None:
         """Follow another length of the run from now on."""
+        self._take_in_new_groups()
         before, self._total_steps = self._factor_of(self.last_epoch), total_steps
         if self._factor_of(self.last_epoch) != before:
             self._follow()
 
     def step(self, epoch: int | None = None) -> None:
         """Follow the factor to the next step; where it stays the same, that is a matter of counting."""
+        self._take_in_new_groups()
         here = self.last_epoch
         if epoch is None and here >= 0 and self._factor_of(here) == self._factor_of(here + 1):
             self.last_epoch += 1
             self._step_count += 1
         else:
             super().step(epoch)
+
+    def _take_in_new_groups(self) -> None:
+        groups = self.optimizer.param_groups
+        for group in groups[len(self.base_lrs) :]:
+            self.base_lrs.append(group.setdefault("initial_lr", group["lr"]))
+            self.lr_lambdas.append(self._factor_of)
 
     def get_last_lr(self) -> list[float | Tensor]:
         """The learning rate of each group, which a callback may have set."""
@@ -79,6 +88,7 @@ class Schedule(LambdaLR):
 
     def state_dict(self) -> dict[str, Any]:
         """The number of steps, and what the learning rates have followed."""
+        self._take_in_new_groups()
         return {
             "step": self.last_epoch,
             "base_lrs": [float(base) for base in self.base_lrs],
@@ -124,3 +134,20 @@ def make_schedule(
             "steps: train longer or warm up for less"
         )
     return Schedule(optimizer, options, total_steps)
+
+
+def too_short(scheduler: LRScheduler, steps: int | None) -> str | None:
+    """How a scheduler of PyTorch ends before the run, in words; None if it does not.
+
+    Args:
+        scheduler: of the run.
+        steps: that the run has still to make; None if unknown.
+    """
+    for one in scheduler._schedulers if isinstance(scheduler, ChainedScheduler) else [scheduler]:
+        if not isinstance(one, OneCycleLR):
+            continue
+        left = one.total_steps - one.last_epoch
+        if steps is None or steps > left:
+            told = "an unknown number of" if steps is None else steps
+            return f"OneCycleLR has {left} optimizer steps to its end, and the run has {told}"
+    return None

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from dataclasses import dataclass
 from typing import Any
 
@@ -20,9 +21,33 @@ _MOVED_IN_SCHEDULER = {"last_epoch", "base_lrs", "best", "num_bad_epochs", "cool
 _MOVED_IN_SCHEDULER |= {"T_cur", "T_i"}
 
 
+# What optimizers do not move themselves, as others may with further entries of their groups.
+_SETTINGS = {
+    "weight_decay",
+    "eps",
+    "betas",
+    "amsgrad",
+    "maximize",
+    "momentum",
+    "dampening",
+    "nesterov",
+}
+_SETTINGS |= {
+    "alpha",
+    "centered",
+    "rho",
+    "lr_decay",
+    "momentum_decay",
+    "lambd",
+    "etas",
+    "step_sizes",
+}
+_SETTINGS |= {"decoupled_weight_decay", "beta2_decay", "ns_steps", "adjust_lr_fn", "initial_lr"}
+
+
 @dataclass(frozen=True)
 class Settings:
-    """What a user has set, as far as plain values tell, without what training moves.
+    """What a user has set, as far as plain values tell.
 
     Attributes:
         groups: of each group of the optimizer's parameters. The trainer's own schedule follows a new
@@ -34,25 +59,40 @@ class Settings:
     schedule: dict[str, Any]
 
     @classmethod
-    def of(cls, optimizer: Optimizer, scheduler: LRScheduler) -> Settings:
-        """What is set now."""
-        return cls(_groups(optimizer, scheduler), _schedule(scheduler))
+    def given(cls, optimizer: Optimizer, scheduler: LRScheduler) -> Settings:
+        """What is set before a run begins, or goes on: all that the two have."""
+        return cls(_groups(optimizer, scheduler, None), _schedule(scheduler))
 
-    def tell_changes(self, saved: Settings) -> None:
-        """Warn where a run keeps to ``saved``, and the user has given these."""
+    @classmethod
+    def within(cls, optimizer: Optimizer, scheduler: LRScheduler) -> Settings:
+        """What is set in the midst of a run: only what it has not moved, as far as is known."""
+        return cls(_groups(optimizer, scheduler, _SETTINGS), _schedule(scheduler))
+
+    def following(self, saved: Settings) -> Settings:
+        """These, but as ``saved`` where that has them; a warning tells of those that differ."""
         remedy = "change optimizer.param_groups in a callback's on_train_begin"
         _tell_changes("optimizer", self.groups, saved.groups, remedy)
         remedy = "take another folder for checkpoints"
         _tell_changes("scheduler", [self.schedule], [saved.schedule], remedy)
+        theirs = [*saved.groups, *({} for _ in self.groups)]  # groups may have been added since
+        groups = [ours | theirs[place] for place, ours in enumerate(self.groups)]
+        return Settings(groups, self.schedule | saved.schedule)
 
 
-def _groups(optimizer: Optimizer, scheduler: LRScheduler) -> list[dict[str, Any]]:
+def _groups(
+    optimizer: Optimizer, scheduler: LRScheduler, known: set[str] | None
+) -> list[dict[str, Any]]:
     moved = _MOVED_BY_OURS if isinstance(scheduler, Schedule) else _MOVED_BY_OTHERS
     around: dict[str, Any] = {}
     if isinstance(optimizer, Lookahead):
         around = {name: getattr(optimizer, name) for name in ("k", "alpha", "pullback")}
     return [
-        {name: value for name, value in group.items() if name not in moved} | around
+        {
+            name: copy.copy(value)
+            for name, value in group.items()
+            if name not in moved and (known is None or name in known) and _is_plain(value)
+        }
+        | around
         for group in optimizer.param_groups
     ]
 
@@ -61,12 +101,19 @@ def _schedule(scheduler: LRScheduler) -> dict[str, Any]:
     if isinstance(scheduler, Schedule):
         return {}
     return {
-        name: setting
+        name: copy.copy(setting)
         for name, setting in scheduler.state_dict().items()
         if not name.startswith("_")
         and name not in _MOVED_IN_SCHEDULER
-        and isinstance(setting, (bool, int, float, str, list, tuple))
+        and setting is not None
+        and _is_plain(setting)
     }
+
+
+def _is_plain(value: Any) -> bool:
+    if isinstance(value, (list, tuple)):
+        return type(value) in (list, tuple) and all(map(_is_plain, value))
+    return value is None or type(value) in (bool, int, float, str)
 
 
 def _tell_changes(
@@ -75,7 +122,7 @@ def _tell_changes(
     """Warn where a run that goes on keeps to other settings of a ``part`` than the user has now given."""
     changes = {
         f"{name} {theirs[name]!r} instead of {value!r}": None
-        for ours, theirs in zip(given, saved, strict=True)
+        for ours, theirs in zip(given, saved, strict=False)  # groups may have been added since
         for name, value in ours.items()
         if name in theirs and not _equal(theirs[name], value)
     }

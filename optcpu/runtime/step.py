@@ -6,7 +6,7 @@ import math
 import operator
 from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -18,6 +18,8 @@ from optcpu.optim.lookahead import Lookahead
 from optcpu.runtime.objective import objective
 from optcpu.runtime.updates import count_passes
 from optcpu.runtime.world import World
+
+SomeTensor = TypeVar("SomeTensor", bound=Tensor)
 
 _TOO_FEW = "Expected more than 1 value per channel"  # so PyTorch tells of batch norm
 
@@ -248,19 +250,32 @@ class StepRunner:
 def trained_parameters(model: nn.Module, loss: Loss) -> dict[str, nn.Parameter]:
     """The parameters of the model by name, and those that a loss has besides, as ``loss.weight``."""
     parameters = dict(model.named_parameters())
-    if isinstance(loss, nn.Module):
-        known = set(map(id, parameters.values()))
-        others = ((name, p) for name, p in loss.named_parameters() if id(p) not in known)
-        parameters |= {f"loss.{name}": p for name, p in others}
-    return parameters
+    if not isinstance(loss, nn.Module):
+        return parameters
+    known = set(map(id, parameters.values()))
+    others = {name: p for name, p in loss.named_parameters() if id(p) not in known}
+    return parameters | _of_loss(others, parameters)
 
 
 def buffers_of(model: nn.Module, loss: Loss) -> dict[str, Tensor]:
     """The buffers of the model by name, and those of a loss that is a module, as ``loss.weight``."""
     buffers = dict(model.named_buffers())
-    if isinstance(loss, nn.Module):
-        buffers |= {f"loss.{name}": buffer for name, buffer in loss.named_buffers()}
-    return buffers
+    if not isinstance(loss, nn.Module):
+        return buffers
+    return buffers | _of_loss(dict(loss.named_buffers()), buffers)
+
+
+def _of_loss(
+    tensors: dict[str, SomeTensor], models: dict[str, SomeTensor]
+) -> dict[str, SomeTensor]:
+    """Names for tensors of a loss: ``loss.weight``, or ``loss..weight`` where the model has the former.
+
+    No module's name is empty, so that no model has the latter.
+    """
+    return {
+        f"loss..{name}" if f"loss.{name}" in models else f"loss.{name}": tensor
+        for name, tensor in tensors.items()
+    }
 
 
 def not_finite(parameters: Mapping[str, nn.Parameter]) -> str | None:

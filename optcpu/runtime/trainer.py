@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import inspect
 import random
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
@@ -16,6 +17,7 @@ from torch.optim import Optimizer
 from optcpu.errors import OptcpuError
 from optcpu.measure.batches import Batch, Loss, default_loss
 from optcpu.runtime.build import (
+    check_data_settings,
     check_epochs,
     check_functions,
     check_model,
@@ -27,7 +29,6 @@ from optcpu.runtime.build import (
 )
 from optcpu.runtime.callbacks import Callback
 from optcpu.runtime.checkpoint.folder import CheckpointFolder
-from optcpu.runtime.checkpoint.format import Checkpoint
 from optcpu.runtime.data.loading import Feed, evaluation_batches
 from optcpu.runtime.data.sources import parts_of, warn_if_not_exact
 from optcpu.runtime.display import Display
@@ -43,11 +44,15 @@ from optcpu.runtime.optimizers import (
     optimizer_settings,
     own_state_dtype,
 )
-from optcpu.runtime.options import OptimizerOptions, ScheduleOptions, TrainerOptions, read_options
+from optcpu.runtime.options import OptimizerOptions, ScheduleOptions, TrainerOptions
 from optcpu.runtime.placement import settle
 from optcpu.runtime.plan import Plan
+from optcpu.runtime.reading import read_options
 from optcpu.runtime.report import open_log
+from optcpu.runtime.resuming import checkpoint_to_go_on_from
 from optcpu.runtime.run import Run
+from optcpu.runtime.schedule_free import evaluation_weights, to_training_weights
+from optcpu.runtime.settings import Settings
 from optcpu.runtime.signals import StopRequest
 from optcpu.runtime.step import StepRunner, buffers_of, samples_in, trained_parameters
 from optcpu.runtime.stopping import Stopper
@@ -90,6 +95,10 @@ class Trainer:
     and is interrupted, killed or loses power goes on from the newest one when the same program is
     started again, and ends with the same bits as one that was not.
 
+    All modules are put into training mode when :meth:`train` begins. What shall be in evaluation mode to
+    the end of it, such as the batch norm of a backbone that is frozen, is put into that by a callback's
+    ``on_train_begin``: ``trainer.model.backbone.eval()``.
+
     Args:
         model: any module with FP32 parameters on the CPU.
         train_data: a ``DataLoader``, a dataset (which is shuffled, and cut into micro-batches of
@@ -104,7 +113,10 @@ class Trainer:
         metrics: of validation: names of :data:`optcpu.runtime.validation.BUILT_IN`, or a mapping of
             names to functions ``(output, batch) -> number`` or metrics of torchmetrics.
         optimizer: an optimizer of the model's parameters, or the settings of one
-            (:class:`optcpu.runtime.options.OptimizerOptions`), or only its name.
+            (:class:`optcpu.runtime.options.OptimizerOptions`), or only its name. One with ``train()``
+            and ``eval()`` (schedule-free) is validated in the latter, and trained in the former: so are
+            the weights after :meth:`train`, and ``model.safetensors`` in checkpoints, before you call
+            ``optimizer.eval()``.
         lr: learning rate, where ``optimizer`` is no object.
         scheduler: any of PyTorch's for ``optimizer``, a function that makes one from it, or the settings
             of one (:class:`optcpu.runtime.options.ScheduleOptions`), or only its name. It steps after
@@ -116,7 +128,8 @@ class Trainer:
         state_dtype: of the optimizer, as in :func:`optcpu.optimize`.
         size_of: how many samples (or tokens) a batch counts as; by default the first dimension of its
             first tensor. The loss of each micro-batch counts by this.
-        collate_fn: makes a batch of samples, where the data are a dataset.
+        collate_fn: makes a batch of samples, where the data are a dataset; like ``batch_size``,
+            ``workers`` and ``drop_last`` it is refused where they are batches already.
         **options: all fields of :class:`optcpu.runtime.options.TrainerOptions`.
 
     Attributes:
@@ -159,8 +172,9 @@ class Trainer:
             raise ValueError("give either scheduler or schedule, not both of them")
         if isinstance(scheduler, (str, Mapping, ScheduleOptions)):
             settings["schedule"], scheduler = scheduler, None
-        self.options = read_options(TrainerOptions, settings, "Trainer")
+        self.options = read_options(TrainerOptions, settings, "Trainer", _ARGUMENTS)
         check_epochs(train_data, self.options.epochs)
+        check_data_settings(self.options, train_data, validation_data, collate_fn=collate_fn)
         self.model = model
         self._loss: Loss = default_loss if loss is None else loss
         self._metrics = check_metrics(metrics)
@@ -207,6 +221,7 @@ class Trainer:
         )
         self._stop = StopRequest()
         self._run: Run | None = None
+        self._given: Settings | None = None
         self._begun = False
 
     @property
@@ -245,6 +260,7 @@ class Trainer:
         try:
             with modes_kept(self.model), self._updates_in_backward():
                 self.model.train()
+                to_training_weights(self.optimizer)
                 if self._freezer is not None:
                     self._freezer.keep_modes()
                 return self._train()
@@ -264,7 +280,7 @@ class Trainer:
         run, self._run = self._run, None  # kept only if all goes well
         if run is None:
             run = self._make_run()
-            saved = self._checkpoint(folder)
+            saved = checkpoint_to_go_on_from(folder, world, options.resume)
             if saved is None and self._begun:
                 raise OptcpuError(
                     "this run has ended in an error, and there is no checkpoint to go on from: make model, "
@@ -336,14 +352,17 @@ class Trainer:
     def validate(self) -> dict[str, float]:
         """``"loss"`` and the metrics on the validation data, with the weights as they are.
 
+        A schedule-free optimizer evaluates the weights that it means for that.
+
         Raises:
             OptcpuError: there are no validation data.
         """
         if self._validation is None:
             raise OptcpuError("there is nothing to validate on: give the trainer validation_data")
-        results = validate(
-            self.model, self._validation(), self._loss, self._metrics, size_of=self._size_of
-        )
+        with evaluation_weights(self.optimizer):
+            results = validate(
+                self.model, self._validation(), self._loss, self._metrics, size_of=self._size_of
+            )
         assert results is not None
         return results
 
@@ -363,6 +382,8 @@ class Trainer:
 
     def _make_run(self) -> Run:
         stopping = self.options.early_stopping
+        if self._given is None:  # later, a run that ended in an error has moved some
+            self._given = Settings.given(self.optimizer, self._scheduler)
         return Run(
             self.model,
             self._loss,
@@ -375,27 +396,9 @@ class Trainer:
             self._callbacks,
             self._plan,
             self._unsaved,
+            self._given,
             own_optimizer_states=self.options.local_steps is not None,
         )
-
-    def _checkpoint(self, folder: CheckpointFolder | None) -> Checkpoint | None:
-        """What to go on from; None to begin anew."""
-        saved = None if folder is None else folder.load()
-        steps = self._world.gather(None if saved is None else saved.step)
-        if len(set(steps)) > 1:
-            raise OptcpuError(
-                f"the processes find other checkpoints (of the steps {steps}, by process): the folder must "
-                "be on a disk that all machines share"
-            )
-        if saved is None and self.options.resume == "must":
-            where = self.options.checkpoints and self.options.checkpoints.folder
-            raise OptcpuError(f"resume is 'must', but {where} holds no checkpoint")
-        if saved is not None and self.options.resume == "never":
-            raise OptcpuError(
-                f"resume is 'never', but {saved.path.parent} holds a checkpoint of step {saved.step}: "
-                "choose another folder, or remove it"
-            )
-        return saved
 
     def _open_folder(self) -> CheckpointFolder | None:
         options = self.options.checkpoints
@@ -419,3 +422,7 @@ class Trainer:
         state = self._world.from_first(self.optimizer.state_dict() if self._world.first else None)
         if not self._world.first:
             self.optimizer.load_state_dict(state)
+
+
+# What may be given besides the options.
+_ARGUMENTS = [name for name in inspect.signature(Trainer).parameters if name != "options"]

@@ -146,7 +146,7 @@ def evaluation_batches(
             "only the first process's part of the validation data counts, as their loader has a "
             "DistributedSampler: leave that out, or give the dataset in place of the loader"
         )
-    if not _is_dataset(data):
+    if not is_dataset(data):
         return lambda: _begun_anew(data)
     loader = make_loader(data, batch_size, shuffle=False, workers=0, collate_fn=collate_fn)
 
@@ -211,7 +211,7 @@ class Feed:
         _check_data(data)
         if world_size > 1 and rank == 0:
             warn_if_not_shared(data)
-        if _is_dataset(data):
+        if is_dataset(data):
             data = make_loader(
                 data,
                 batch_size,
@@ -374,7 +374,7 @@ def _check_data(data: Any) -> None:
             "list of batches"
         )
     if isinstance(data, (str, bytes, Mapping)) or not (
-        _is_dataset(data) or hasattr(data, "__iter__") or hasattr(data, "__getitem__")
+        is_dataset(data) or hasattr(data, "__iter__") or hasattr(data, "__getitem__")
     ):
         raise TypeError(
             "the data must be a dataset, a DataLoader or an iterable of batches, not "
@@ -382,7 +382,7 @@ def _check_data(data: Any) -> None:
         )
 
 
-def _is_dataset(data: Any) -> bool:
+def is_dataset(data: Any) -> bool:
     """Whether ``data`` are samples: PyTorch's datasets, and those of other libraries."""
     if isinstance(data, Dataset):
         return True

@@ -203,3 +203,16 @@ def test_turns_are_whole_passes_over_batches_of_different_shapes(
 ) -> None:
     batches = [(X[:size], Y[:size]) for size in sizes]
     assert whole_passes(steps, batches, accumulation) == expected
+
+
+@pytest.mark.parametrize("target", [torch.tensor(1), 1, 0.5])
+def test_a_single_sample_is_no_batch(target: Any) -> None:
+    with pytest.raises(ValueError, match=r"no batch dimension\. Put samples into a Dataset"):
+        default_loss(torch.randn(3), (torch.randn(8), target))
+
+
+def test_a_number_of_a_batch_that_is_one_thing() -> None:
+    one = torch.tensor(2.0)
+    assert default_loss(torch.tensor(1.0), (torch.randn(8, 3), one)) == 1
+    with pytest.raises(ValueError, match=r"does not fit .* Put samples into a Dataset"):
+        default_loss(torch.randn(1), (torch.randn(8), one))

@@ -6,7 +6,8 @@ from typing import Any
 import pytest
 import torch
 from torch import nn
-from training import small_trainer
+from torch.utils.data import DataLoader, default_collate
+from training import small_data, small_trainer
 
 import optcpu
 from optcpu import OptcpuError
@@ -71,3 +72,50 @@ def test_a_way_of_storing_that_is_there_is_taken() -> None:
     small_trainer(model, weights="split", state_dtype=torch.bfloat16, **settings)
     with pytest.raises(OptcpuError, match="are stored as 'split', not 'bf16'"):
         small_trainer(model, weights="bf16", **settings)
+
+
+def test_settings_of_the_compiler_are_refused_where_it_has_nothing_to_do() -> None:
+    for name, value in (("precision", "bf16"), ("layout", "native"), ("dynamic", True)):
+        with pytest.raises(
+            ValueError, match=rf"{name}={value!r} needs compile: .* leave {name} out"
+        ):
+            small_trainer(compile=False, **{name: value})
+    with pytest.raises(ValueError, match=r"passes needs compile: .* leave them out"):
+        small_trainer(compile=False, passes=[])
+    small_trainer(compile=False, precision="fp32", layout="none", dynamic=False, passes=None)
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "of_validation"),
+    [
+        ("batch_size", 32, True),
+        ("collate_fn", default_collate, True),
+        ("workers", 0, False),
+        ("drop_last", True, False),
+    ],
+)
+def test_settings_of_datasets_are_refused_for_batches(
+    name: str, value: Any, of_validation: bool
+) -> None:
+    told = rf"^{name} would change nothing: .*batches already \(DataLoader\)\. Remedy: .* Dataset"
+    for validation in (None, DataLoader(small_data(), 4)):
+        with pytest.raises(ValueError, match=told):
+            small_trainer(
+                data=DataLoader(small_data(), 4), validation_data=validation, **{name: value}
+            )
+    small_trainer(**{name: value})
+    mixed: dict[str, Any] = {"data": DataLoader(small_data(), 4), "validation_data": small_data()}
+    if of_validation:
+        small_trainer(**mixed, **{name: value})
+    else:
+        with pytest.raises(ValueError, match=told):
+            small_trainer(**mixed, **{name: value})
+
+
+def test_all_such_settings_are_named_and_those_that_ask_for_nothing_are_taken() -> None:
+    loader = DataLoader(small_data(), 4)
+    with pytest.raises(ValueError, match=r"^workers, drop_last, batch_size, collate_fn would"):
+        small_trainer(
+            data=loader, workers=1, drop_last=True, batch_size=4, collate_fn=default_collate
+        )
+    small_trainer(data=loader, workers="auto", drop_last=False, collate_fn=None)

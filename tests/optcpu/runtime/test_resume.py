@@ -36,6 +36,7 @@ from optcpu.runtime import Callback, CheckpointFolder
 from optcpu.runtime.data.loading import Feed
 from optcpu.runtime.plan import Plan
 from optcpu.runtime.run import Run
+from optcpu.runtime.settings import Settings
 from optcpu.runtime.unsaved import Unsaved
 from optcpu.runtime.world import World
 
@@ -785,6 +786,7 @@ def test_several_processes_begin_a_step_anew(tmp_path: Path) -> None:
         [],
         Plan.of(4, 2, 2, None),
         Unsaved(trainer.model),
+        Settings.given(trainer.optimizer, trainer._scheduler),
     )
     assert run.load_state_dict(saved.state) is None
     assert run.feed.batches_done == 0
@@ -830,3 +832,58 @@ def test_other_settings_of_the_scheduler_are_told(tmp_path: Path) -> None:
         trainer(0.5, 3).train()
     with pytest.warns(UserWarning, match=r"settings of the scheduler: gamma 0\.5 instead of 0\.9"):
         trainer(0.9, 4).train()
+
+
+def test_a_scheduler_that_ends_before_a_longer_run_is_refused(tmp_path: Path) -> None:
+    def trainer(epochs: int, callback: Losses) -> Any:
+        def make(optimizer: Any) -> Any:
+            return torch.optim.lr_scheduler.OneCycleLR(optimizer, 0.1, total_steps=2 * epochs)
+
+        return small_trainer(
+            checkpoints=tmp_path, scheduler=make, epochs=epochs, callbacks=[callback]
+        )
+
+    assert trainer(2, Losses()).train().steps == 4
+    assert trainer(2, Losses()).train().steps == 4
+    longer = Losses()
+    told = r"OneCycleLR has 0 optimizer steps to its end, and the run has 4, .*model\.safetensors"
+    for _ in range(2):
+        with (
+            pytest.warns(UserWarning, match="total_steps 4 instead of 8"),
+            pytest.raises(OptcpuError, match=told),
+        ):
+            trainer(4, longer).train()
+    assert longer.losses == []
+
+
+def test_a_group_that_a_callback_adds_goes_on(tmp_path: Path) -> None:
+    class Adds(Losses):
+        def on_train_begin(self, trainer: Any) -> None:
+            self.is_new = len(trainer.optimizer.param_groups) == 1
+
+        def on_epoch_end(self, trainer: Any) -> None:
+            if self.is_new and len(trainer.optimizer.param_groups) == 1:
+                head = list(trainer.model[4].parameters())
+                trainer.optimizer.add_param_group({"params": head, "lr": 0.01})
+
+    def trainer(folder: str, groups: int, stop_at: int | None) -> Any:
+        model = small_model()
+        parts = [{"params": model[0].parameters()}, {"params": model[4].parameters(), "lr": 0.01}]
+        optimizer = torch.optim.SGD(parts[:groups], lr=0.1, momentum=0.9)
+        return small_trainer(
+            model,
+            optimizer=optimizer,
+            lr=None,
+            scheduler="cosine",
+            loss=_StopAt(stop_at),
+            callbacks=[Adds()],
+            checkpoints=tmp_path / folder,
+            epochs=4,
+        )
+
+    whole = trainer("whole", 1, None)
+    whole.train()
+    assert trainer("stopped", 1, 15).train().stopped_by == "SIGTERM"
+    resumed = trainer("stopped", 2, None)
+    resumed.train()
+    assert_equal(tensors_of(resumed), tensors_of(whole))

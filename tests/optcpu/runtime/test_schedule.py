@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import pytest
 import torch
@@ -78,3 +79,21 @@ def test_a_run_goes_on_by_what_is_set_now(lr: float, total: int, expected: list[
     second.step()
     resumed.step()
     assert [*rates, second.param_groups[0]["lr"]] == pytest.approx(expected)
+
+
+@pytest.mark.parametrize(("name", "last"), [("linear", 0.5), ("constant", 1.0)])
+def test_a_group_that_is_added_follows_from_its_own_rate(name: Any, last: float) -> None:
+    optimizer = _optimizer()
+    schedule = make_schedule(optimizer, ScheduleOptions(name=name), 4)
+    for step in range(2):
+        if step == 1:
+            optimizer.add_param_group({"params": [torch.zeros(1)], "lr": 8.0})
+        optimizer.step()
+        schedule.step()
+    assert [group["lr"] for group in optimizer.param_groups] == [2.0 * last, 8.0 * last]
+    assert schedule.state_dict()["base_lrs"] == [2.0, 8.0]
+    schedule.end_at(2)
+    optimizer.add_param_group({"params": [torch.zeros(1)], "lr": 1.0})
+    assert schedule.state_dict()["base_lrs"] == [2.0, 8.0, 1.0]
+    schedule.end_at(8)
+    assert len(schedule.get_last_lr()) == 3

@@ -16,6 +16,7 @@ from optcpu.runtime.data.loading import Feed
 from optcpu.runtime.step import (
     MicroBatches,
     StepRunner,
+    buffers_of,
     collect,
     gradients_by_name,
     restore_gradients,
@@ -250,3 +251,23 @@ def test_gradients_are_put_back() -> None:
     restore_gradients(parameters, gradients)
     for name, gradient in gradients_by_name(parameters).items():
         assert torch.equal(gradient, gradients[name])
+
+
+class _Scaled(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.ones(3))
+        self.register_buffer("running_mean", torch.zeros(3))
+
+    def forward(self, output: Tensor, batch: Any) -> Tensor:
+        return default_loss(output * self.weight, batch)
+
+
+def test_a_submodule_called_loss_keeps_its_parameters_beside_those_of_the_loss() -> None:
+    model, loss = nn.Module(), _Scaled()
+    model.loss = nn.BatchNorm1d(3)
+    trained, buffers = trained_parameters(model, loss), buffers_of(model, loss)
+    assert {id(p) for p in trained.values()} == {*map(id, [*model.parameters(), loss.weight])}
+    assert {id(b) for b in buffers.values()} == {*map(id, [*model.buffers(), loss.running_mean])}
+    assert list(trained_parameters(nn.Linear(2, 3), loss)) == ["weight", "bias", "loss.weight"]
+    assert "loss.running_mean" in buffers_of(nn.Linear(2, 3), loss)

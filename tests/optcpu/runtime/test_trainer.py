@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils.data import DataLoader, TensorDataset
 from training import Losses, assert_equal, small_data, small_model, small_trainer, tensors_of
@@ -306,3 +306,23 @@ def test_living_loading_processes_are_warned_of_where_a_run_may_go_on(tmp_path: 
         small_trainer(data=loader)
     with pytest.warns(UserWarning, match="persistent_workers=True: where a run is interrupted"):
         small_trainer(data=loader, checkpoints=tmp_path)
+
+
+@pytest.mark.parametrize("compiled", [False, True])
+def test_what_a_callback_puts_into_evaluation_mode_stays_in_it(compiled: bool) -> None:
+    class KeepsStatistics(Callback):
+        def on_train_begin(self, trainer: Trainer) -> None:
+            trainer.model[:2].eval()
+
+    def statistics(**given: Any) -> Tensor:
+        model = small_model()
+        model[:2].requires_grad_(False)
+        precision = "fp32" if compiled else "auto"
+        small_trainer(
+            model, validation_data=small_data(9), compile=compiled, precision=precision, **given
+        ).train()
+        assert model[1].training
+        return model[1].running_mean
+
+    assert statistics().any()
+    assert not statistics(callbacks=[KeepsStatistics()]).any()

@@ -5,7 +5,8 @@ from typing import Any
 
 import pytest
 
-from optcpu.runtime.options import TrainerOptions, read_options
+from optcpu.runtime.options import TrainerOptions
+from optcpu.runtime.reading import read_options
 
 
 def _read(**given: Any) -> TrainerOptions:

@@ -10,6 +10,7 @@ from torch.utils.data import DataLoader, Dataset, TensorDataset
 
 from optcpu import Trainer
 from optcpu.runtime import Callback
+from optcpu.runtime.data.loading import is_dataset
 
 FEATURES, CLASSES = 6, 3
 
@@ -60,6 +61,9 @@ def small_trainer(model: nn.Module | None = None, data: Any = None, **given: Any
         "lr": 0.05,
         **given,
     }
+    batches = data is not None and not is_dataset(data)
+    if batches and "batch_size" not in given and not is_dataset(given.get("validation_data")):
+        del settings["batch_size"]
     if "steps" not in settings:
         settings.setdefault("epochs", 2)
     return Trainer(model or small_model(), small_data() if data is None else data, **settings)
