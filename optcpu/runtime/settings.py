@@ -22,27 +22,13 @@ _MOVED_IN_SCHEDULER |= {"T_cur", "T_i"}
 
 
 # What optimizers do not move themselves, as others may with further entries of their groups.
-_SETTINGS = {
-    "weight_decay",
-    "eps",
-    "betas",
-    "amsgrad",
-    "maximize",
-    "momentum",
-    "dampening",
-    "nesterov",
-}
-_SETTINGS |= {
-    "alpha",
-    "centered",
-    "rho",
-    "lr_decay",
-    "momentum_decay",
-    "lambd",
-    "etas",
-    "step_sizes",
-}
-_SETTINGS |= {"decoupled_weight_decay", "beta2_decay", "ns_steps", "adjust_lr_fn", "initial_lr"}
+_SETTINGS = frozenset(
+    (
+        "weight_decay eps betas amsgrad maximize momentum dampening nesterov alpha centered rho lr_decay "
+        "momentum_decay lambd etas step_sizes decoupled_weight_decay beta2_decay ns_steps adjust_lr_fn "
+        "initial_lr"
+    ).split()
+)
 
 
 @dataclass(frozen=True)
@@ -80,7 +66,7 @@ class Settings:
 
 
 def _groups(
-    optimizer: Optimizer, scheduler: LRScheduler, known: set[str] | None
+    optimizer: Optimizer, scheduler: LRScheduler, known: frozenset[str] | None
 ) -> list[dict[str, Any]]:
     moved = _MOVED_BY_OURS if isinstance(scheduler, Schedule) else _MOVED_BY_OTHERS
     around: dict[str, Any] = {}
