@@ -23,11 +23,29 @@ _MOVED_IN_SCHEDULER |= {"T_cur", "T_i"}
 
 # What optimizers do not move themselves, as others may with further entries of their groups.
 _SETTINGS = frozenset(
-    (
-        "weight_decay eps betas amsgrad maximize momentum dampening nesterov alpha centered rho lr_decay "
-        "momentum_decay lambd etas step_sizes decoupled_weight_decay beta2_decay ns_steps adjust_lr_fn "
-        "initial_lr"
-    ).split()
+    [
+        "weight_decay",
+        "eps",
+        "betas",
+        "amsgrad",
+        "maximize",
+        "momentum",
+        "dampening",
+        "nesterov",
+        "alpha",
+        "centered",
+        "rho",
+        "lr_decay",
+        "momentum_decay",
+        "lambd",
+        "etas",
+        "step_sizes",
+        "decoupled_weight_decay",
+        "beta2_decay",
+        "ns_steps",
+        "adjust_lr_fn",
+        "initial_lr",
+    ]
 )
 
 
