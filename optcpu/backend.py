@@ -43,6 +43,7 @@ from optcpu.recurrent import recurrent_layers_taken_apart
 from optcpu.remedies import DEPENDS_ON_DATA, cause_of, first_line, remedy_for
 from passes.hand_over import Origins, origins, receive
 from passes.indices import place_of
+from passes.mutation import save_before_overwriting
 
 logger = logging.getLogger(__name__)
 
@@ -182,7 +183,7 @@ class Backend:
     def divided(self, part: str, error: Exception) -> None:
         """Note and warn that Dynamo will leave out of ``part`` what ``error`` is about."""
         problem = f"{part} is not compiled as a whole"
-        instead = "Functions and modules around it are compiled each by itself"
+        instead = "What is around it is compiled where functions and modules are not PyTorch's own"
         self._tell(part, problem, error, remedy_for(error), instead)
 
     def pass_failed(self, step: passes.Pass, error: Exception) -> None:
@@ -324,6 +325,7 @@ class _GraphCompiler:
         kind = _kind(options)
         graph_run = GraphRun(self._region, kind)
         if kind == "forward":
+            save_before_overwriting(module.graph)
             self._saved = origins(module.graph)
         self._backend.run_passes(module, "split", graph_run)
         eager = _boxed(fx.GraphModule(module, copy.deepcopy(module.graph)))

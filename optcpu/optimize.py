@@ -30,7 +30,7 @@ from optcpu.optim.storing import restore_weights
 from optcpu.optim.weights import StoredWeight
 from optcpu.pipeline import Pipeline, Precision, default_passes, resolve_precision
 from optcpu.record import Record
-from optcpu.recurrent import runs_eagerly_in_part, with_recurrent_layers
+from optcpu.recurrent import NOT_CAPTURED, runs_eagerly_in_part, with_recurrent_layers
 from optcpu.takeover import (
     gradients_set_aside,
     meet_ddp,
@@ -372,8 +372,7 @@ class CompiledCall:
     def _tell_why_nothing_ran(self) -> None:
         """Dynamo gives up whole functions without an error, and notes why.
 
-        As it does with what calls some recurrent layers, which is known. It does so once; the calls that
-        follow, each of a millisecond perhaps, have no time for counting.
+        It does so once; the calls that follow, each of a millisecond perhaps, have no time for counting.
         """
         tried, self._frames = self._frames, _frames_tried()
         if self._frames == tried:
@@ -381,9 +380,10 @@ class CompiledCall:
         before, self._breaks = self._breaks, _graph_breaks()
         reasons = list(self._breaks - before)
         has_parameters = next(self._model.parameters(), None) is not None
-        known = runs_eagerly_in_part(self._model, self.settings.precision)
-        if reasons and has_parameters and not known:
-            self.backend.fell_back("the model", RuntimeError(reasons[0]))
+        if reasons and has_parameters:
+            recurrent = runs_eagerly_in_part(self._model, self.settings.precision)
+            reason = NOT_CAPTURED if recurrent else reasons[0]
+            self.backend.fell_back("the model", RuntimeError(reason))
 
 
 def _registrations() -> int:

@@ -26,6 +26,8 @@ from torch.utils._pytree import tree_flatten, tree_unflatten
 from passes.recurrent import DECOMPOSITIONS
 from passes.recurrent_steps import kernel_available
 
+NOT_CAPTURED = "its recurrent layers are not captured"
+
 
 def is_captured(model: nn.Module, precision: str) -> bool:
     """Whether ``model`` has recurrent layers, and all are such as can be captured here."""

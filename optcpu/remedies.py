@@ -24,6 +24,11 @@ def remedy_for(error: BaseException) -> str:
             "a size or a Python number depends on the data; torch.where(mask, value, x) in place of "
             "x[mask] = value, and nn.Embedding(sparse=False), avoid that"
         )
+    if "recurrent layers are not captured" in text:
+        return (
+            "with AVX-512 and a C++ compiler they are, but for LSTMs with projections and layers with a "
+            "forward of their own; what is in other modules of yours is compiled"
+        )
     if "hooks of all modules" in text:
         return "remove them when they are done, or register them with modules of the model"
     if "No space left" in text:

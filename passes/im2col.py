@@ -18,7 +18,7 @@ Processing" (2006), section 3.1, "unfolding".
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from typing import TypeAlias, cast
+from typing import TypeAlias
 
 import torch
 from torch import Tensor
@@ -117,7 +117,13 @@ def convolution_backward(
     def native(*wanted: bool) -> Gradients:
         geometry = (bias_sizes, stride, padding, dilation, transposed, output_padding, groups)
         backward = torch.ops.aten.convolution_backward.default
-        return cast(Gradients, backward(gradient, x, weight, *geometry, wanted))
+        of_input, of_weight, of_bias = backward(gradient, x, weight, *geometry, wanted)
+        if of_weight is not None and x.dtype == torch.bfloat16:
+            # oneDNN does not write there (PyTorch 2.13).
+            read, written = (gradient, x) if transposed else (x, gradient)
+            steps = (stride, padding, dilation)
+            zero_what_sees_padding_alone(of_weight, read.shape[2:], written.shape[2:], *steps)
+        return of_input, of_weight, of_bias
 
     def product_for_weight() -> Gradients:
         of_input, _, of_bias = native(wanted[0], False, wanted[2])
@@ -140,6 +146,35 @@ def convolution_backward(
     sizes = [tuple(x.shape), tuple(weight.shape), tuple(stride), tuple(padding), len(ways)]
     key = f"convolution backward {sizes} {str(x.dtype)[6:]} {torch.get_num_threads()}"
     return ways[choose(key, ways, preferred="native")]()
+
+
+def zero_what_sees_padding_alone(
+    of_weight: Tensor,
+    read: Sequence[int],
+    written: Sequence[int],
+    stride: Sequence[int],
+    padding: Sequence[int],
+    dilation: Sequence[int],
+) -> None:
+    """Zero the gradient of those places of a kernel that lie outside of the image wherever it is put.
+
+    Args:
+        of_weight: gradient of the weight, two dimensions and those of the kernel.
+        read: spatial sizes of what the convolution reads.
+        written: of what it writes.
+        stride, padding, dilation: of each spatial dimension, or of all.
+    """
+    sizes = of_weight.shape[2:]
+    stride, padding, dilation = (
+        [*given] if len(given) == len(sizes) else [*given] * len(sizes)
+        for given in (stride, padding, dilation)
+    )
+    for axis, size in enumerate(sizes):
+        for place in range(size):
+            start = place * dilation[axis] - padding[axis]
+            reached = range(start, start + stride[axis] * written[axis], stride[axis])
+            if not any(0 <= position < read[axis] for position in reached):
+                of_weight.select(2 + axis, place).zero_()
 
 
 def _with_strides_that_tell(x: Tensor, gradient: Tensor) -> Tensor:

@@ -16,6 +16,7 @@ from torch.fx.experimental.proxy_tensor import make_fx
 from torch.nn.utils.rnn import PackedSequence, pack_sequence
 
 import optcpu
+from optcpu.errors import CompileError, FallbackWarning
 from optcpu.optimize import compiled_call
 from optcpu.recurrent import is_captured, runs_eagerly_in_part, under_autocast
 from passes import recurrent_steps
@@ -102,6 +103,22 @@ def test_which_layers_are_captured(
     assert not is_captured(model, "bf16")
     recurrent = any(isinstance(layer, nn.RNNBase) for layer in layers)
     assert runs_eagerly_in_part(model, "fp32") == (recurrent and not captured)
+
+
+def test_a_layer_that_is_not_captured_is_told_of_once() -> None:
+    model = nn.LSTM(4, 6, proj_size=3)
+    x = torch.randn(3, 2, 4)
+    optcpu.optimize(model, precision="fp32")
+    with pytest.warns(
+        FallbackWarning, match="recurrent layers are not captured.*projections"
+    ) as told:
+        output, _ = model(x)
+        model(x)
+    assert len([one for one in told if one.category is FallbackWarning]) == 1
+    torch.testing.assert_close(output, optcpu.restore(model)(x)[0])
+    optcpu.optimize(model, precision="fp32", fallback=False)
+    with pytest.raises(CompileError, match="recurrent layers are not captured"):
+        model(x)
 
 
 with_kernel = pytest.mark.skipif(

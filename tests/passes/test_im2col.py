@@ -250,3 +250,43 @@ def test_a_compiled_model_has_the_gradients_of_the_eager_one(way: str, taken: li
     for one, other in zip(gradients(True), gradients(False), strict=True):
         torch.testing.assert_close(one, other, rtol=1e-4, atol=1e-4)
     assert not taken
+
+
+@pytest.mark.parametrize("transposed", [False, True])
+@pytest.mark.parametrize("size", [(1, 1), (2, 1), (2, 5), (1, 4)])
+@pytest.mark.parametrize(
+    ("kernel", "stride", "padding", "dilation"),
+    [(3, 2, 1, 1), (2, 2, 1, 1), (5, 3, 2, 1), (7, 3, 3, 1), (3, 1, 2, 2), (3, 1, 1, 1)],
+)
+def test_places_that_see_padding_alone_are_zero(
+    kernel: int, stride: int, padding: int, dilation: int, size: tuple[int, int], transposed: bool
+) -> None:
+    """And no others: where PyTorch in FP64 has zeros, what was not a number is zero afterwards."""
+    call = nn.functional.conv_transpose2d if transposed else nn.functional.conv2d
+    x = torch.rand(1, 1, *size, dtype=torch.float64) + 1
+    weight = torch.ones(1, 1, kernel, kernel, dtype=torch.float64, requires_grad=True)
+    try:
+        y = call(x, weight, stride=stride, padding=padding, dilation=dilation)
+    except RuntimeError:
+        pytest.skip("the output would be empty")
+    (expected,) = torch.autograd.grad(y.sum(), weight)
+    gradient = torch.full_like(expected, torch.nan)
+    read, written = (y, x) if transposed else (x, y)
+    im2col.zero_what_sees_padding_alone(
+        gradient, read.shape[2:], written.shape[2:], [stride] * 2, [padding], [dilation, dilation]
+    )
+    assert torch.equal(gradient == 0, expected == 0)
+
+
+def test_a_bf16_gradient_does_not_hold_what_lay_in_memory() -> None:
+    given = operands(2, 16, 32, size=(1, 1), stride=(2, 2), dtype=torch.bfloat16)
+    expected = backward(
+        tuple(t.double() if isinstance(t, Tensor) else t for t in given),  # type: ignore[arg-type]
+        torch.ops.aten.convolution_backward.default,
+    )
+    for _ in range(4):
+        dirty = [torch.full((32 * 16 * 9,), torch.nan, dtype=torch.bfloat16) for _ in range(4)]
+        del dirty
+        ours = backward(given, torch.ops.optcpu.convolution_backward.default)
+        for one, other in zip(ours, expected, strict=True):
+            torch.testing.assert_close(one.double(), other, rtol=2e-2, atol=2e-2)

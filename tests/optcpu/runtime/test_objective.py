@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 import optcpu
 from optcpu import workloads
+from optcpu.errors import FallbackWarning
 from optcpu.measure.batches import Batch, default_loss
 from optcpu.optimize import compiled_call
 from optcpu.runtime.objective import is_own, objective
@@ -171,7 +172,8 @@ def test_a_model_that_is_not_captured_is_compiled_without_its_loss() -> None:
         def forward(self, x: Tensor) -> Tensor:
             return self.head(self.lstm(x)[0][:, -1])  # type: ignore[no-any-return]
 
-    assert_same_step(Last(), (torch.randn(8, 3, 6), batch_of()[1]))
+    with pytest.warns(FallbackWarning, match="recurrent layers"):
+        assert_same_step(Last(), (torch.randn(8, 3, 6), batch_of()[1]), fallback=True)
 
 
 def test_which_losses_are_optcpus() -> None:
