@@ -105,7 +105,7 @@ def hand_over_gradients(backward: fx.Graph, inputs: Collection[int], saved: Orig
         if value(gradient).dim() > 1:  # small ones stay fused with what they are fused with
             _move_forward(gradient)
         memory = weights.get(number, [])
-        last = _last([gradient, *_readers(memory)])
+        last = _last([gradient, *_writers(gradient), *_readers(memory)])
         with backward.inserting_after(last):
             call = backward.call_function(hand_over, (gradient, number, memory))
         call.meta["val"] = None
@@ -185,6 +185,15 @@ def _readers(memory: Sequence[fx.Node]) -> Iterator[fx.Node]:
                     yield from _readers([user])
 
 
+def _writers(node: fx.Node) -> Iterator[fx.Node]:
+    """What writes to the memory of the result of ``node``."""
+    for memory in _memory_of(node):
+        for user in memory.users:
+            schema = getattr(user.target, "_schema", None)
+            if schema is not None and schema.is_mutable and user.args[0] is memory:
+                yield user
+
+
 def _is_alias(node: fx.Node) -> bool:
     return may_alias(node) or (is_cast(node) and dtype(node) == dtype(node.args[0]))
 
@@ -207,7 +216,8 @@ def _move_forward(node: fx.Node) -> None:
     for before in inputs:
         if before.op == "call_function" and len(before.users) == 1:
             _move_forward(before)
-    last = _last([*node.graph.find_nodes(op="placeholder")[-1:], *inputs])
+    written = [writer for before in inputs for writer in _writers(before) if writer < node]
+    last = _last([*node.graph.find_nodes(op="placeholder")[-1:], *inputs, *written])
     if node.prev is not last:
         last.append(node)
 

@@ -44,16 +44,16 @@ def mlp() -> nn.Module:
 class Tied(nn.Module):
     """A table that is looked up and multiplied by, and a layer that is called twice."""
 
-    def __init__(self) -> None:
+    def __init__(self, rows: int = 16) -> None:
         super().__init__()
-        self.table = nn.Embedding(16, 32)
+        self.table = nn.Embedding(rows, 32)
         self.layer = nn.Linear(32, 32)
         self.norm = nn.LayerNorm(32)
 
     def forward(self, x: Tensor) -> Tensor:
         tokens = self.table((x.abs() * 7).long() % 16)
         hidden = self.norm(tokens + torch.tanh(self.layer(torch.tanh(self.layer(tokens)))))
-        return (hidden @ self.table.weight.t()).mean(1)
+        return (hidden @ self.table.weight.t()).mean(1)[:, :16]
 
 
 class Convolutions(nn.Module):
@@ -132,6 +132,7 @@ class Broken(nn.Module):
 MODELS: dict[str, Callable[[], nn.Module]] = {
     "mlp": mlp,
     "tied": Tied,
+    "tied-large": lambda: Tied(2**13),  # rows are added to the product
     "convolutions": Convolutions,
     "equal-layers": Layers,
     "graph-break": Broken,
