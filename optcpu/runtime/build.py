@@ -217,9 +217,10 @@ def make_scheduler(
         )
     told = too_short(scheduler, total_steps)
     if told is not None:
-        raise ValueError(
-            f"{told}: give it the total_steps of the run (a step takes accumulation_steps micro-batches)"
+        remedy = (
+            "give it the total_steps of the run (a step takes accumulation_steps micro-batches)"
         )
+        raise ValueError(told if total_steps is None else f"{told}: {remedy}")
     return scheduler
 
 

@@ -94,7 +94,9 @@ class LookaheadOptions(Options):
 
 
 class OptimizerOptions(Options):
-    """An optimizer that the trainer makes.
+    """An optimizer that the trainer makes, of the parameters that need a gradient by then.
+
+    To let callbacks unfreeze others, give one of your own.
 
     Attributes:
         name: ``"adamw"``, ``"adam"``, ``"sgd"`` (with momentum) or ``"lamb"``.

@@ -83,7 +83,8 @@ def _problem(kind: type[Options], error: dict[str, Any], beside: Sequence[str]) 
     name = ".".join(path)
     if error["type"] == "extra_forbidden":
         known = [*_names_at(kind, path[:-1]), *(beside if len(path) == 1 else ())]
-        near = _meant(kind, path, list(dict.fromkeys(known)))
+        known = list(dict.fromkeys(known))
+        near = _meant(kind, path, known)
         hint = f"did you mean {near[0]!r}?" if near else f"known are {', '.join(known)}"
         return f"there is no setting {name!r}; {hint}"
     if error["type"] == "value_error" and not path:
@@ -114,7 +115,9 @@ def _meant(kind: type[Options], path: list[str], known: list[str]) -> list[str]:
     usual = _USUAL.get(name, ())
     here = [ours for ours in usual if ours in known]
     inner = [found for one in (*usual, name) for found in _groups_with(kind, [*group, one])]
-    return [*here, *inner, *difflib.get_close_matches(name, known, n=1)]
+    alike = difflib.get_close_matches(name, known, n=1)
+    of_group = [".".join([*group, ours]) for ours in (*here, *alike)]
+    return [*of_group[: len(here)], *inner, *of_group[len(here) :]]
 
 
 def _groups_with(kind: type[Options], path: list[str]) -> list[str]:

@@ -30,6 +30,9 @@ def factor(step: int, options: ScheduleOptions, total_steps: int | None) -> floa
     return options.final + (1 - options.final) * falling
 
 
+_LEFT = "_rates_left_by_schedule"  # where an optimizer has them, by group
+
+
 class Schedule(LambdaLR):
     """A scheduler that follows :func:`factor`, one step for each optimizer step.
 
@@ -47,7 +50,23 @@ class Schedule(LambdaLR):
         self, optimizer: Optimizer, options: ScheduleOptions, total_steps: int | None
     ) -> None:
         self._options, self._total_steps = options, total_steps
+        self._begin_with_what_is_set(optimizer)
         super().__init__(optimizer, self._factor_of)
+
+    def _begin_with_what_is_set(self, optimizer: Optimizer) -> None:
+        """Take each group's rate for its highest, and not what a scheduler before has begun with.
+
+        But where that one was a schedule, too, and its last rate is still set: then a run goes on.
+        """
+        is_flat = self._options.name == "constant" and self._options.warmup_steps == 0
+        left = getattr(optimizer, _LEFT, [])
+        for place, group in enumerate(optimizer.param_groups):
+            goes_on = place < len(left) and group["lr"] == left[place]
+            if is_flat or not goes_on:
+                group["initial_lr"] = group["lr"]
+
+    def _note_what_is_left(self) -> None:
+        setattr(self.optimizer, _LEFT, [group["lr"] for group in self.optimizer.param_groups])
 
     def _factor_of(self, step: int) -> float:
         return factor(step, self._options, self._total_steps)
@@ -68,6 +87,7 @@ class Schedule(LambdaLR):
             self._step_count += 1
         else:
             super().step(epoch)
+            self._note_what_is_left()
 
     def _take_in_new_groups(self) -> None:
         groups = self.optimizer.param_groups
@@ -107,6 +127,7 @@ class Schedule(LambdaLR):
         """Set the learning rates to those of the step that comes next."""
         for group, base in zip(self.optimizer.param_groups, self.base_lrs, strict=True):
             group["lr"] = base * self._factor_of(self.last_epoch)
+        self._note_what_is_left()
         self._last_lr = [group["lr"] for group in self.optimizer.param_groups]
 
 
@@ -147,7 +168,11 @@ def too_short(scheduler: LRScheduler, steps: int | None) -> str | None:
         if not isinstance(one, OneCycleLR):
             continue
         left = one.total_steps - one.last_epoch
-        if steps is None or steps > left:
-            told = "an unknown number of" if steps is None else steps
-            return f"OneCycleLR has {left} optimizer steps to its end, and the run has {told}"
+        if steps is None:
+            return (
+                f"OneCycleLR has {left} optimizer steps to its end, and the run has an unknown number of "
+                "them, as the data have no length: give steps in place of epochs"
+            )
+        if steps > left:
+            return f"OneCycleLR has {left} optimizer steps to its end, and the run has {steps}"
     return None

@@ -10,11 +10,14 @@ import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
+from optcpu.optim.lookahead import Lookahead
+
 
 def to_training_weights(optimizer: Optimizer) -> None:
     """Have the weights in the model that ``optimizer`` trains; some make no step without being told so."""
-    if _switches(optimizer):
-        optimizer.train()  # type: ignore[attr-defined]
+    inner = _within_lookahead(optimizer)
+    if _switches(inner):
+        inner.train()  # type: ignore[attr-defined]
 
 
 @contextmanager
@@ -25,6 +28,7 @@ def evaluation_weights(optimizer: Optimizer) -> Iterator[None]:
     does not give back. Nothing happens where the optimizer has only one kind of weights, has made no step,
     or has those for evaluation in the model already.
     """
+    optimizer = _within_lookahead(optimizer)
     if not _switches(optimizer) or not optimizer.state or not _trains(optimizer):
         yield
         return
@@ -40,6 +44,12 @@ def evaluation_weights(optimizer: Optimizer) -> Iterator[None]:
             for parameter, before in zip(parameters, weights, strict=True):
                 parameter.copy_(before)
             _put_back(optimizer, state)
+
+
+def _within_lookahead(optimizer: Optimizer) -> Optimizer:
+    while isinstance(optimizer, Lookahead):
+        optimizer = optimizer.optimizer
+    return optimizer
 
 
 def _switches(optimizer: Optimizer) -> bool:

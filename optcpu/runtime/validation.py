@@ -70,7 +70,7 @@ class Accuracy:
         """Take note of a batch.
 
         Raises:
-            OptcpuError: no classes can be told from these shapes.
+            OptcpuError: no classes can be told from these shapes, or targets.
         """
         chosen = _classes(predictions, target)
         counted = target != LEFT_OUT
@@ -83,6 +83,13 @@ class Accuracy:
 
 
 def _classes(logits: Tensor, target: Tensor) -> Tensor:
+    if target.is_floating_point() and not bool(
+        ((target == 0) | (target == 1) | (target == LEFT_OUT)).all()
+    ):
+        raise OptcpuError(
+            "accuracy needs classes, and the targets are other numbers (probabilities, or what is "
+            "measured): give a function metric(output, batch) instead"
+        )
     if logits.shape == target.shape:
         return (logits > 0).to(target.dtype)
     if logits.shape == (*target.shape, 1):

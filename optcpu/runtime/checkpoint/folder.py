@@ -68,7 +68,7 @@ class CheckpointFolder:
             raise ValueError(
                 f"keep_last must be a positive integer, or None for all, not {keep_last!r}"
             )
-        self.path = Path(path)
+        self.path = Path(path).absolute()  # whatever the working directory may become
         self.keep_last = keep_last
 
     def save(

@@ -79,7 +79,7 @@ def test_stopped_and_started_again(folder: Path, capsys: pytest.CaptureFixture[s
     assert status == 128 + signal.SIGTERM
     assert "stopped by SIGTERM; start again to go on: 1 steps" in out.out
     assert main(["train", "--config", "run.toml"]) == 0
-    assert "going on from checkpoints/step-00000001" in capsys.readouterr().err
+    assert f"going on from {folder}/checkpoints/step-00000001" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(

@@ -45,7 +45,8 @@ def test_arguments_that_are_no_options_are_known_as_well() -> None:
         ("learning_rate", "optimizer.lr"),
         ("wd", "optimizer.weight_decay"),
         ("lr_scheduler", "schedule"),
-        ("optimizer.learning_rate", "lr"),
+        ("optimizer.learning_rate", "optimizer.lr"),
+        ("schedule.warmup", "schedule.warmup_steps"),
     ],
 )
 def test_files_and_the_command_line_know_the_usual_names(

@@ -97,3 +97,44 @@ def test_a_group_that_is_added_follows_from_its_own_rate(name: Any, last: float)
     assert schedule.state_dict()["base_lrs"] == [2.0, 8.0, 1.0]
     schedule.end_at(8)
     assert len(schedule.get_last_lr()) == 3
+
+
+def _after_a_run(scheduled: bool) -> torch.optim.Optimizer:
+    """An optimizer whose rate somebody has brought from 2 to 1, of a linear course to 0."""
+    optimizer = _optimizer()
+    scheduler: Any = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: 1 - step / 4)
+    if scheduled:
+        scheduler = make_schedule(optimizer, ScheduleOptions(name="linear"), 4)
+    for _ in range(2):
+        optimizer.step()
+        scheduler.step()
+    assert optimizer.param_groups[0]["lr"] == 1.0
+    return optimizer
+
+
+@pytest.mark.parametrize("name", ["constant", "linear"])
+@pytest.mark.parametrize("scheduled", [False, True])
+def test_a_rate_set_after_another_scheduler_is_where_a_schedule_begins(
+    scheduled: bool, name: Any
+) -> None:
+    optimizer = _after_a_run(scheduled)
+    optimizer.param_groups[0]["lr"] = 0.25
+    schedule = make_schedule(optimizer, ScheduleOptions(name=name), 4)
+    assert optimizer.param_groups[0]["lr"] == 0.25
+    assert schedule.base_lrs == [0.25]
+
+
+@pytest.mark.parametrize(
+    ("scheduled", "name", "begins"),
+    [
+        (True, "linear", 2.0),
+        (True, "constant", 1.0),
+        (False, "linear", 1.0),
+        (False, "constant", 1.0),
+    ],
+)
+def test_what_a_scheduler_has_left(scheduled: bool, name: Any, begins: float) -> None:
+    """A schedule that follows a schedule begins as that did; without one the rate stays."""
+    optimizer = _after_a_run(scheduled)
+    make_schedule(optimizer, ScheduleOptions(name=name), 4)
+    assert optimizer.param_groups[0]["lr"] == begins

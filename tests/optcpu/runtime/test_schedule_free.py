@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 from training import Losses, assert_equal, small_data, small_model, small_trainer, tensors_of
 
-from optcpu import Trainer
+from optcpu import Lookahead, Trainer
 from optcpu.runtime.schedule_free import evaluation_weights
 
 
@@ -145,3 +145,19 @@ def test_the_optimizers_of_a_library() -> None:
             trainer.train()
             trainers.append(trainer)
         assert_equal(*map(tensors_of, trainers))
+
+
+def test_it_is_found_within_lookahead() -> None:
+    model = _Unused()
+    inner = Averaging(model.parameters())
+    trainer = small_trainer(
+        model,
+        optimizer=Lookahead(inner, k=2),
+        lr=None,
+        validation_data=small_data(9),
+        epochs=3,
+    )
+    trainer.train()
+    assert inner.param_groups[0]["train_mode"]
+    expected = _loss(model, inner)
+    assert trainer.validate()["loss"] == pytest.approx(expected.item(), rel=1e-6)

@@ -38,10 +38,10 @@ def test_a_bare_value_stands_for_a_group() -> None:
     [
         ({"acumulation_steps": 3}, "no setting 'acumulation_steps'; did you mean 'accumulation_s"),
         ({"zzz": 3}, "no setting 'zzz'; known are epochs, steps"),
-        ({"optimizer": {"lrr": 1}}, "no setting 'optimizer.lrr'; did you mean 'lr'"),
+        ({"optimizer": {"lrr": 1}}, "no setting 'optimizer.lrr'; did you mean 'optimizer.lr'"),
         (
             {"optimizer": {"lookahead": {"alfa": 1}}},
-            "no setting 'optimizer.lookahead.alfa'; did you mean 'alpha'",
+            "no setting 'optimizer.lookahead.alfa'; did you mean 'optimizer.lookahead.alpha'",
         ),
         ({"epochs": 0}, "epochs is 0; input should be greater than or equal to 1"),
         ({"epochs": "3"}, "epochs is '3'; input should be a valid integer"),
@@ -52,7 +52,7 @@ def test_a_bare_value_stands_for_a_group() -> None:
         ({"optimizer": {"lr": -1.0}}, "optimizer.lr is -1.0; input should be greater than 0"),
         (
             {"optimizer": {"learning_rate": 1}},
-            "no setting 'optimizer.learning_rate'; did you mean 'lr'",
+            "no setting 'optimizer.learning_rate'; did you mean 'optimizer.lr'",
         ),
         ({"num_workers": 1}, "no setting 'num_workers'; did you mean 'workers'"),
         ({"log": 3}, "log is 3; it is a group of settings: folder, every_steps"),

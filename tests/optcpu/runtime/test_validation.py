@@ -314,3 +314,10 @@ def test_data_that_fail_are_told() -> None:
         OptcpuError, match=r"validation data failed at batch 1 .*KeyError: 'broken file 7'"
     ):
         validate(nn.Linear(4, 3), batches, default_loss, {})
+
+
+@pytest.mark.parametrize("shape", [(4, 3), (4,), (4, 1)])
+def test_accuracy_of_targets_that_are_no_classes(shape: tuple[int, ...]) -> None:
+    """Of smoothed labels, or a regression."""
+    with pytest.raises(OptcpuError, match="accuracy needs classes"):
+        accuracy(torch.randn(4, 3) if shape == (4, 3) else torch.randn(4, 1), torch.rand(shape))

@@ -504,3 +504,15 @@ def test_a_folder_that_cannot_be_used_is_told_before_the_run(tmp_path: Path) -> 
         CheckpointFolder(tmp_path / "file").in_use(),
     ):
         pass
+
+
+def test_a_relative_folder_stays_where_it_was(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    folder = CheckpointFolder("checkpoints")
+    (tmp_path / "elsewhere").mkdir()
+    monkeypatch.chdir(tmp_path / "elsewhere")
+    folder.save({"model": {}}, step=1)
+    assert list((tmp_path / "checkpoints").glob("step-*"))
+    assert not list((tmp_path / "elsewhere").iterdir())
