@@ -71,6 +71,7 @@ class Rows:
             before = step
 
 
+@functools.cache
 def kernel_available(dtype: torch.dtype) -> bool:
     """Whether there is a kernel for ``dtype`` here; builds it if need be."""
     library = _library()
