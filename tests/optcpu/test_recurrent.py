@@ -177,7 +177,6 @@ def test_they_are_a_part_of_one_graph_whatever_the_length(given: dict[str, Any])
     call = compiled_call(model)
     assert call is not None
     assert call.record.regions <= 3  # as it is, with sizes that vary, and without gradients
-    assert call.record.counts()["fuse-linear-backward"] > 0
     assert not torch._dynamo.config.allow_rnn
 
 
