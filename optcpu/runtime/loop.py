@@ -243,6 +243,12 @@ class Loop:
             self._display.message(f"{where}: the step is skipped")
             return
         checkpoint = self.saver.last_regular()
+        if not run.has_groups_of(checkpoint.state):
+            raise TrainingDiverged(
+                f"training has diverged: {where}, and the weights of step {checkpoint.step} cannot be put "
+                "back, since the optimizer had other groups of parameters there: add groups in "
+                "on_train_begin, or take on_nan='skip'"
+            )
         rates = [group["lr"] for group in run.optimizer.param_groups]
         run.load_weights(checkpoint.state)
         for group, rate in zip(run.optimizer.param_groups, rates, strict=True):

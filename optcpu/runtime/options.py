@@ -96,7 +96,7 @@ class LookaheadOptions(Options):
 class OptimizerOptions(Options):
     """An optimizer that the trainer makes, of the parameters that need a gradient by then.
 
-    To let callbacks unfreeze others, give one of your own.
+    For others that a callback unfreezes it calls ``add_param_group``; or give an optimizer of your own.
 
     Attributes:
         name: ``"adamw"``, ``"adam"``, ``"sgd"`` (with momentum) or ``"lamb"``.

@@ -23,7 +23,7 @@ _ELSEWHERE = {
     ("batch_size",): "train_batch_size per_device_train_batch_size",
     ("workers",): "num_workers dataloader_num_workers",
     ("accumulation_steps",): "gradient_accumulation_steps accumulate_grad_batches grad_accum",
-    ("max_grad_norm",): "gradient_clip_val clip_grad_norm grad_clip",
+    ("max_grad_norm",): "gradient_clip_val gradient_clip_norm clip_grad_norm clip_norm grad_clip",
     ("precision",): "bf16 amp",
     ("log",): "logger",
     ("callbacks",): "callback",

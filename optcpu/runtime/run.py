@@ -190,8 +190,8 @@ class Run:
                 "folder for checkpoints, or give the trainer that model"
             ) from error
         self.unsaved.set_buffers(state.get("unsaved_buffers", {}))
-        groups = self._optimizer_groups()
-        if state["optimizer_groups"] != groups:
+        if not self.has_groups_of(state):
+            groups = self._optimizer_groups()
             raise OptcpuError(
                 "the checkpoint is of an optimizer with other groups of parameters "
                 f"({_told(state['optimizer_groups'])}; now {_told(groups)}): give the trainer an optimizer "
@@ -202,6 +202,11 @@ class Run:
         self._set_buffers(own.get("buffers", {}))
         self.optimizer.load_state_dict(own.get("optimizer", state["optimizer"]))
         self.optimizer.zero_grad(set_to_none=True)
+
+    def has_groups_of(self, state: dict[str, Any]) -> bool:
+        """Whether the optimizer has the groups of parameters that it had in ``state``."""
+        groups: list[list[str]] = state["optimizer_groups"]
+        return groups == self._optimizer_groups()
 
     @torch.no_grad()
     def _set_buffers(self, saved: dict[str, Tensor]) -> None:

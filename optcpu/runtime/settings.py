@@ -74,7 +74,9 @@ class Settings:
 
     def following(self, saved: Settings) -> Settings:
         """These, but as ``saved`` where that has them; a warning tells of those that differ."""
-        remedy = "change optimizer.param_groups in a callback's on_train_begin"
+        remedy = "change them in a callback's on_train_begin: trainer.optimizer.param_groups"
+        if any("alpha" in group and "pullback" in group for group in self.groups):  # a Lookahead's
+            remedy += ", or trainer.optimizer.k and .alpha"
         _tell_changes("optimizer", self.groups, saved.groups, remedy)
         remedy = "take another folder for checkpoints"
         _tell_changes("scheduler", [self.schedule], [saved.schedule], remedy)

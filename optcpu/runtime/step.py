@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from optcpu.errors import OptcpuError, add_note
+from optcpu.errors import OptcpuError, add_note, warn
 from optcpu.measure.batches import Batch, Loss, as_batch, describe_call, units_in
 from optcpu.optim.lookahead import Lookahead
 from optcpu.runtime.objective import objective
@@ -130,6 +130,7 @@ class StepRunner:
         # An optimizer may have parameters that these have not, and the other way round.
         updated = (p for group in optimizer.param_groups for p in group["params"])
         self._parameters = list(dict.fromkeys([*self._trained.values(), *updated]))
+        self._frozen = {name: p for name, p in self._trained.items() if not p.requires_grad}
         self._local_steps = local_steps if world.size > 1 else None
         self._steps_alone = 0
         if self._local_steps is not None and isinstance(optimizer, Lookahead):
@@ -212,6 +213,8 @@ class StepRunner:
             factor = _clipping(limit, norm, gradients)
             if factor < 1:  # one pass over the gradients, and only where they are too large
                 torch._foreach_mul_(gradients, factor)
+        if self._frozen:
+            self._look_at_unfrozen()
         self._optimizer.step()
         self.forget_gradients()
         self._steps_alone += 1
@@ -220,6 +223,20 @@ class StepRunner:
                 self._steps_alone = 0
         elif self._steps_alone == self._local_steps:
             self.meet()
+
+    def _look_at_unfrozen(self) -> None:
+        """Warn of parameters that a callback has unfrozen, and the optimizer does not have."""
+        unfrozen = [name for name, p in self._frozen.items() if p.grad is not None]
+        if not unfrozen:
+            return
+        updated = {id(p) for group in self._optimizer.param_groups for p in group["params"]}
+        left = [name for name in unfrozen if id(self._frozen.pop(name)) not in updated]
+        if left:
+            warn(
+                f"{len(left)} parameters have been unfrozen that the optimizer does not have ({left[0]!r} "
+                "is the first): they stay as they are. Remedy: trainer.optimizer.add_param_group, or give "
+                "the trainer an optimizer that has all parameters"
+            )
 
     @property
     def has_met(self) -> bool:

@@ -786,3 +786,45 @@ def test_a_rollback_puts_buffers_back_that_no_checkpoint_holds_yet(tmp_path: Pat
         callbacks=[Notes()],
     ).train()
     assert seen == [1, 2, 3, 0, 1, 2]
+
+
+class _Unfreeze(Callback):
+    """Unfreezes the first layer behind the first step, and gives it to the optimizer if it ``adds``."""
+
+    def __init__(self, adds: bool = True) -> None:
+        self.adds = adds
+
+    def on_step_end(self, trainer: Trainer, metrics: dict[str, float]) -> None:
+        first = trainer.model[0]
+        if not first.weight.requires_grad:
+            first.requires_grad_(True)
+            if self.adds:
+                trainer.optimizer.add_param_group({"params": first.parameters()})
+
+
+@pytest.mark.parametrize("adds", [False, True])
+def test_what_a_callback_unfreezes_is_told_of_unless_it_is_updated(adds: bool) -> None:
+    model = small_model()
+    model[0].requires_grad_(False)
+    before = model[0].weight.detach().clone()
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        small_trainer(model, steps=4, callbacks=[_Unfreeze(adds)]).train()
+    told = [str(one.message) for one in caught if "unfrozen" in str(one.message)]
+    assert len(told) == (not adds)
+    assert adds or ("2 parameters have been unfrozen" in told[0] and "'0.weight'" in told[0])
+    assert torch.equal(model[0].weight, before) != adds
+
+
+def test_a_rollback_behind_an_added_group_says_so(tmp_path: Path) -> None:
+    model = small_model()
+    model[0].requires_grad_(False)
+    trainer = small_trainer(
+        model,
+        loss=_BadIn(9),
+        on_nan="rollback",
+        checkpoints={"folder": tmp_path, "every_steps": 1000},
+        callbacks=[_Unfreeze()],
+    )
+    with pytest.raises(TrainingDiverged, match=r"of step 0 cannot be put back.*on_train_begin"):
+        trainer.train()

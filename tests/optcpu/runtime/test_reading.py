@@ -26,6 +26,7 @@ from optcpu.runtime.config import parse_override, read_config
         ("sizeof", "size_of"),
         ("state_type", "state_dtype"),
         ("max_epochs", "epochs"),
+        ("gradient_clip_norm", "max_grad_norm"),
         ("momentum", "optimizer.momentum"),
     ],
 )

@@ -108,3 +108,15 @@ def test_values_that_no_checkpoint_holds_are_no_settings(tmp_path: Path) -> None
     (group,) = saved.state["given"]["groups"]
     assert group["growth"] == 2.0
     assert not any(isinstance(value, Tensor) for value in group.values())
+
+
+def test_another_lookahead_is_told_with_the_way_to_change_it(tmp_path: Path) -> None:
+    def trainer(alpha: float, **given: Any) -> Trainer:
+        settings = {"name": "sgd", "lr": 0.1, "lookahead": {"k": 2, "alpha": alpha}}
+        return small_trainer(optimizer=settings, lr=None, checkpoints=tmp_path, epochs=2, **given)
+
+    trainer(0.5, callbacks=[_Stops()]).train()
+    changed = trainer(0.8, callbacks=[_Stops()])
+    with pytest.warns(UserWarning, match=r"alpha 0\.5 instead of 0\.8.*trainer\.optimizer\.k"):
+        changed.train()
+    assert changed.optimizer.alpha == 0.5
