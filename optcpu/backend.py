@@ -34,6 +34,7 @@ from optcpu import cpp_ahead, random_numbers
 from optcpu.checks import check_flag
 from optcpu.compiled_backward import allow_backward_again, backward_of
 from optcpu.composites import take_replaced_apart
+from optcpu.direct_calls import fused_operators_called_directly
 from optcpu.errors import CompileError, FallbackWarning, warn
 from optcpu.optim.in_backward import ExpectedGradients, is_updated_in_backward
 from optcpu.optim.weights import StoredWeight
@@ -342,7 +343,7 @@ class _GraphCompiler:
                     twin = fx.GraphModule(module, copy_graph(module.graph))
                     graph_run.blocks = passes.share_blocks(twin)
                 return _boxed(module)
-            with cpp_ahead.kernels_compiled_as_written():
+            with cpp_ahead.kernels_compiled_as_written(), fused_operators_called_directly():
                 compiled = _generate(module, example_inputs, options, graph_run)
         except Exception as error:
             if draws_anew:

@@ -99,8 +99,8 @@ def _inspection(
     written_out = sum(graph.written_out for graph in observation.record.graphs)
     if written_out:
         notes.append(
-            f"{written_out} of the fused operators are small: behind the final graphs they are written "
-            "out as plain operators, since a call would cost more than it gains."
+            f"{written_out} of the fused operators are small, or fuse nothing in FP32: behind the final "
+            "graphs they are written out in parts, since a call would cost more than it gains."
         )
     blocks = [
         f"{blocks.count} of {blocks.size} operators ({graph.kind})"

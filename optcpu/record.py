@@ -43,8 +43,8 @@ class GraphRun:
         runs: the passes in order.
         initial, final: the graph before the first pass and as it went to the code generator; None unless
             graphs are kept.
-        written_out: how many fused operators of the final graph the code generator gets as ATen operators,
-            since their products are small.
+        written_out: how many fused operators of the final graph the code generator gets in parts
+            (:mod:`passes.lowering`).
         output_code: what Inductor generated; None unless graphs are kept and code is generated.
     """
 

@@ -30,6 +30,8 @@ PostOp: TypeAlias = tuple[str, list[float], str]
 NO_POST_OP: PostOp = ("none", [], "")
 
 Kernel: TypeAlias = Callable[[Tensor, Tensor], Tensor]
+# Ways to do the same work on two matrices, by the kernel that multiplies them.
+RunsOf: TypeAlias = Callable[[Tensor, Tensor], Mapping[str, Callable[[], object]]]
 
 # A product with fewer multiply-adds a thread takes microseconds whatever computes it. In BF16 the
 # libraries differ less (both are oneDNN), so that a call of our own pays later.
@@ -102,30 +104,42 @@ def matmul(a: Tensor, b: Tensor) -> Tensor:
     Returns:
         Shape (M, N), same dtype, row-major.
     """
-    return kernels(a.dtype)[fastest(a, b, preferred="aten")](a, b)
+    return kernels(a.dtype)[fastest(a, b)](a, b)
 
 
-def fastest(a: Tensor, b: Tensor, preferred: str) -> str:
+def fastest(a: Tensor, b: Tensor, following: str = "", runs: RunsOf | None = None) -> str:
     """The name of the fastest kernel for ``a @ b``; small products are not worth a search.
 
     A tie is won by the library's own kernel, whose bits do not depend on the number of threads, and where
-    there is none by ``preferred``: oneDNN if something follows the product that it can fuse.
+    there is none by ``"aten"``.
+
+    Args:
+        a: shape (M, K), FP32 or BF16; any strides.
+        b: shape (K, N), same dtype; any strides.
+        following: names what a kernel does with the product besides; ``""`` for nothing.
+        runs: gives a way to do all of it with each kernel, for smaller matrices in place of these.
     """
     available = kernels(a.dtype)
     if len(available) == 1 or is_small(a.shape[0] * b.numel(), a.dtype):
         return "aten"
-    key = shape_key(a, b)
+    key = f"{shape_key(a, b)} {following}" if following else shape_key(a, b)
     if (known := _known(key)) in available:
         return known
-    return remembered(key, lambda: _measured(a, b, preferred), lambda known: known in available)
+    return remembered(
+        key, lambda: _measured(a, b, runs or _products), lambda known: known in available
+    )
 
 
-def _measured(a: Tensor, b: Tensor, preferred: str) -> str:
+def _products(a: Tensor, b: Tensor) -> dict[str, Callable[[], object]]:
+    return {name: functools.partial(kernel, a, b) for name, kernel in kernels(a.dtype).items()}
+
+
+def _measured(a: Tensor, b: Tensor, runs_of: RunsOf) -> str:
     """The fastest kernel, found on a part of ``a @ b`` where the whole takes long."""
     m, k, n = sample_sizes(a.shape[0], b.shape[0], b.shape[1], a.element_size())
     a, b = _corner(a, m, k), _corner(b, k, n)
-    runs = {name: functools.partial(kernel, a, b) for name, kernel in kernels(a.dtype).items()}
-    return measure(runs, "own" if "own" in runs else preferred)
+    runs = runs_of(a, b)
+    return measure(runs, "own" if "own" in runs else "aten")
 
 
 def sample_sizes(m: int, k: int, n: int, bytes_each: int) -> tuple[int, int, int]:
@@ -278,7 +292,17 @@ def adopt(choices: Mapping[str, str]) -> None:
     Two kernels round differently: a run that goes on in another process has the same bits only if it
     goes on with the same kernels. They are not remembered for other runs: the machine may be another.
     """
+    global _adoptions
+    _adoptions += 1
     _adopted().update(choices)
+
+
+_adoptions = 0
+
+
+def adoptions() -> int:
+    """How often :func:`adopt` has been called: in between, a choice that was made stays as it is."""
+    return _adoptions
 
 
 def _known(key: str) -> str | None:

@@ -7,7 +7,8 @@ explicit already.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import functools
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal, cast
 
@@ -18,10 +19,12 @@ from torch._prims_common import suggest_memory_format
 from passes import native, packed
 from passes.gemm import (
     NO_POST_OP,
+    Kernel,
     PostOp,
     choose,
     fastest,
     is_small,
+    kernels,
     matmul,
     packed_for,
     shape_key,
@@ -134,7 +137,45 @@ def _linear(x: Tensor, weight: Tensor, bias: Tensor | None, activation: str) -> 
     by_kept = packed.product(x, weight, bias, activation)
     if by_kept is not None:
         return by_kept
-    kernel = fastest(x, weight.t(), preferred="onednn")
+    kernel = kernel_of_linear(x, weight, bias, activation)
+    return linear_by(kernel, x, weight, bias, activation)
+
+
+def kernel_of_linear(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    activation: str,
+    residual: Tensor | None = None,
+) -> str:
+    """The name of the fastest kernel for a linear layer and what follows in the same operator.
+
+    A library that fuses what follows may win by that, and lose for the product alone.
+    """
+
+    def runs(a: Tensor, b: Tensor) -> dict[str, Callable[[], object]]:
+        rows, columns = a.shape[0], b.shape[1]
+        part = (a, b.t(), None if bias is None else bias[:columns])
+        if residual is None:
+            ways = {name: functools.partial(linear_by, name, *part, activation) for name in names}
+        else:
+            last = residual[:rows, :columns].contiguous()
+            ways = {name: functools.partial(linear_add_by, name, *part, last) for name in names}
+        return dict(ways)
+
+    names = kernels(x.dtype)
+    following = {
+        "bias": bias is not None,
+        activation: activation != "none",
+        "add": residual is not None,
+    }
+    return fastest(x, weight.t(), "+".join(name for name, does in following.items() if does), runs)
+
+
+def linear_by(
+    kernel: str, x: Tensor, weight: Tensor, bias: Tensor | None, activation: str
+) -> Tensor:
+    """:func:`_linear` by the kernel that :func:`kernel_of_linear` has named."""
     if kernel == "own":
         relu = activation == "relu"
         product = native.matmul(x, weight.t(), bias=bias, relu=relu)
@@ -142,7 +183,9 @@ def _linear(x: Tensor, weight: Tensor, bias: Tensor | None, activation: str) -> 
     if kernel == "aten":
         return _unfused_linear(x, weight, bias, activation)
     laid_out = packed_for(x, weight) if kernel == "onednn-packed" else weight
-    result: Tensor = torch.ops.mkldnn._linear_pointwise(x, laid_out, bias, *post_op(activation))
+    result: Tensor = torch.ops.mkldnn._linear_pointwise.default(
+        x, laid_out, bias, *post_op(activation)
+    )
     return result
 
 
@@ -179,7 +222,14 @@ def _linear_add(x: Tensor, weight: Tensor, bias: Tensor | None, residual: Tensor
     by_kept = packed.product(x, weight, bias, residual=residual)
     if by_kept is not None:
         return by_kept
-    kernel = fastest(x, weight.t(), preferred="onednn")
+    kernel = kernel_of_linear(x, weight, bias, "none", residual)
+    return linear_add_by(kernel, x, weight, bias, residual)
+
+
+def linear_add_by(
+    kernel: str, x: Tensor, weight: Tensor, bias: Tensor | None, residual: Tensor
+) -> Tensor:
+    """:func:`_linear_add` by the kernel that :func:`kernel_of_linear` has named."""
     if kernel == "own":
         return native.matmul(x, weight.t(), bias=bias, residual=residual)
     if kernel == "aten":
@@ -224,16 +274,34 @@ def _linear_backward(
     Returns:
         Gradients of x (M, K), weight (N, K) and bias (N,); x and bias in the dtype of ``gradient``.
     """
+    for_weight = functools.partial(_weight_gradient, dtype=weight_dtype)
+    return linear_backward_by(
+        _mm, for_weight, gradient, saved, x, weight, activation, needs_bias, weight_dtype
+    )
+
+
+def linear_backward_by(
+    for_input: Kernel,
+    for_weight: Kernel,
+    gradient: Tensor,
+    saved: Tensor | None,
+    x: Tensor,
+    weight: Tensor | None,
+    activation: str,
+    needs_bias: bool,
+    _weight_dtype: torch.dtype,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """:func:`_linear_backward` by a kernel for either product."""
     if saved is not None:
-        gradient = _activation_backward(gradient, saved, activation)
-    x_gradient = gradient.new_empty(0) if weight is None else _mm(gradient, weight)
+        gradient = activation_backward(gradient, saved, activation)
+    x_gradient = gradient.new_empty(0) if weight is None else for_input(gradient, weight)
     bias_gradient = gradient.sum(0) if needs_bias else gradient.new_empty(0)
-    return x_gradient, _weight_gradient(gradient, x, weight_dtype), bias_gradient
+    return x_gradient, for_weight(gradient.t(), x), bias_gradient
 
 
-def _weight_gradient(gradient: Tensor, x: Tensor, dtype: torch.dtype) -> Tensor:
-    transposed = gradient.t()
-    if dtype == gradient.dtype:
+def _weight_gradient(transposed: Tensor, x: Tensor, dtype: torch.dtype) -> Tensor:
+    """``transposed @ x`` in ``dtype``; shapes (N, M) and (M, K)."""
+    if dtype == transposed.dtype:
         return matmul(transposed, x)
 
     def narrow() -> Tensor:
@@ -242,13 +310,14 @@ def _weight_gradient(gradient: Tensor, x: Tensor, dtype: torch.dtype) -> Tensor:
     def wide() -> Tensor:
         return native.matmul(transposed, x, dtype=dtype)
 
-    if is_small(gradient.numel() * x.shape[1], x.dtype) or not native.matmul_available():
+    if is_small(transposed.numel() * x.shape[1], x.dtype) or not native.matmul_available():
         return narrow()
     key = f"fp32 {shape_key(transposed, x)}"
     return wide() if choose(key, {"narrow": narrow, "wide": wide}, "wide") == "wide" else narrow()
 
 
-def _activation_backward(gradient: Tensor, saved: Tensor, activation: str) -> Tensor:
+def activation_backward(gradient: Tensor, saved: Tensor, activation: str) -> Tensor:
+    """The gradient of what went into ``activation``, whose output or input is ``saved``."""
     rule = ACTIVATIONS[activation]
     extra = (0,) if activation == "relu" else ()  # the threshold
     result: Tensor = rule.backward(gradient, saved, *extra, **dict(rule.arguments))  # type: ignore[operator]
@@ -290,14 +359,19 @@ def _fake_linear_backward(
     )
 
 
-_LIBRARY.impl("mm", _mm, "CPU")
-_LIBRARY.impl("linear", _linear, "CPU")
-_LIBRARY.impl("linear_saving_input", _linear_saving_input, "CPU")
-_LIBRARY.impl("linear_add", _linear_add, "CPU")
-_LIBRARY.impl("linear_backward", _linear_backward, "CPU")
-_LIBRARY.impl("convolution", _convolution, "CPU")
-_LIBRARY.impl("convolution_backward", _convolution_backward, "CPU")
-_LIBRARY.impl("max_pool_backward", _max_pool_backward, "CPU")
+# What the operators do, by their names in ``torch.ops.optcpu``.
+IMPLEMENTATIONS: dict[str, Callable[..., Any]] = {
+    "mm": _mm,
+    "linear": _linear,
+    "linear_saving_input": _linear_saving_input,
+    "linear_add": _linear_add,
+    "linear_backward": _linear_backward,
+    "convolution": _convolution,
+    "convolution_backward": _convolution_backward,
+    "max_pool_backward": _max_pool_backward,
+}
+for _name, _implementation in IMPLEMENTATIONS.items():
+    _LIBRARY.impl(_name, _implementation, "CPU")
 
 torch.library.register_fake("optcpu::mm", lambda a, b: _fake_product(a, b.shape[1]), lib=_LIBRARY)
 torch.library.register_fake(

@@ -148,7 +148,7 @@ class _Kept:
         return int(found)
 
     def _measured(self, x: Tensor, weight: Tensor) -> int:
-        plain = kernels(x.dtype)[fastest(x, weight.t(), preferred="onednn")]
+        plain = kernels(x.dtype)[fastest(x, weight.t())]
         try:
             copy = self.packing.pack(weight, x.shape[0], None)
         except RuntimeError:
@@ -203,6 +203,11 @@ def hand_on(weight: Tensor, successor: Tensor) -> None:
     if entry is not None:
         keep(successor, entry.packing, entry.products, entry.owner())
         forget(weight)
+
+
+def any_kept() -> bool:
+    """Whether packed copies of any weight may be kept."""
+    return bool(_KEPT)
 
 
 def kept(weight: Tensor) -> _Kept | None:

@@ -39,6 +39,7 @@ LAYERS: tuple[tuple[str, ...], ...] = (
         "optcpu.compiler_settings",
         "optcpu.compiled_backward",
         "optcpu.composites",
+        "optcpu.direct_calls",
         "optcpu.random_numbers",
     ),
     ("optcpu.pipeline",),

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import itertools
 import json
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -13,17 +13,6 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from passes import gemm
-
-
-@pytest.fixture
-def own_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
-    """An empty memory of choices, in the process and on disk."""
-    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
-    for memory in (gemm._choices, gemm._adopted):
-        memory.cache_clear()
-    yield tmp_path
-    for memory in (gemm._choices, gemm._adopted):
-        memory.cache_clear()
 
 
 def oriented(rows: int, columns: int, dtype: torch.dtype, transposed: bool) -> torch.Tensor:
@@ -58,7 +47,7 @@ def test_small_products_are_not_measured(own_cache: Path) -> None:
 
 def test_a_choice_is_measured_once_and_read_by_later_processes(own_cache: Path) -> None:
     a, b = torch.randn(256, 256), torch.randn(256, 256)
-    assert gemm.fastest(a, b, "aten") in gemm.kernels(torch.float32)
+    assert gemm.fastest(a, b) in gemm.kernels(torch.float32)
     stored = json.loads(gemm.cache_file().read_text())
     assert list(stored) == ["256x256x256 nn float32 2"]
 
@@ -67,7 +56,7 @@ def test_a_choice_is_measured_once_and_read_by_later_processes(own_cache: Path) 
     )
     gemm.cache_file().write_text(json.dumps({"256x256x256 nn float32 2": other}))
     gemm._choices.cache_clear()  # as a new process begins
-    assert gemm.fastest(a, b, "aten") == other
+    assert gemm.fastest(a, b) == other
 
 
 @pytest.mark.parametrize(
@@ -117,7 +106,7 @@ def test_the_part_lies_in_memory_as_the_whole_does(
         oriented(rows, columns, torch.float32, t)
         for rows, columns, t in zip((300, 250), (250, 203), transposed, strict=True)
     )
-    assert gemm.fastest(a, b, "aten") == "aten"
+    assert gemm.fastest(a, b) == "aten"
     m, k, n = gemm.sample_sizes(300, 250, 203, 4)
     assert m * k * n < 300 * 250 * 203
     assert len(seen) == len(gemm.kernels(torch.float32))
@@ -135,7 +124,7 @@ def test_a_damaged_file_is_measured_anew(own_cache: Path, content: str) -> None:
     gemm.cache_file().parent.mkdir(parents=True)
     gemm.cache_file().write_text(content)
     a, b = torch.randn(256, 256), torch.randn(256, 256)
-    assert gemm.fastest(a, b, "aten") in gemm.kernels(torch.float32)
+    assert gemm.fastest(a, b) in gemm.kernels(torch.float32)
 
 
 def test_a_cache_that_cannot_be_written_does_no_harm(

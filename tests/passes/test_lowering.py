@@ -1,4 +1,4 @@
-"""Small fused products are written out as the operators they stand for; large ones stay calls."""
+"""Fused products are written out as the operators they stand for where they do not pay."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from captured import BF16, FP32, operators, traced
 from torch import Tensor
 
 from passes import gemm, lower, ops
-from passes.lowering import expand_small_products
+from passes.lowering import expand_products
 
 SAVES_INPUT = ("gelu", "gelu_tanh", "silu")
 
@@ -22,7 +22,7 @@ def matrices(*shapes: tuple[int, ...], dtype: torch.dtype = FP32) -> list[Tensor
 def expanded(function: Callable[..., object], *inputs: Tensor) -> tuple[object, list[str]]:
     """What ``function`` gives once its fused operator is written out, and the operators left."""
     module = traced(function, *inputs)
-    assert expand_small_products(module.graph) == 1
+    assert expand_products(module.graph) == 1
     module.graph.lint()
     module.recompile()
     return module(*inputs), operators(module.graph)
@@ -121,6 +121,35 @@ def test_golden_sequences() -> None:
     ]
 
 
+FUSING_ONLY_IN_BF16: tuple[tuple[Callable[..., object], list[str]], ...] = (
+    (
+        lambda x, w, b: ops.linear_saving_input(x, w, b, "gelu"),
+        ["optcpu.linear", "aten.gelu"],
+    ),
+    (lambda x, w, b: ops.linear_add(x, w, b, x), ["optcpu.linear", "aten.add.Tensor"]),
+    (
+        lambda x, w, b: ops.linear_backward(x, x, x, w, "relu", True, FP32),
+        [
+            "aten.threshold_backward",
+            "optcpu.mm",
+            "aten.permute",
+            "optcpu.mm",
+            "aten.sum.dim_IntList",
+        ],
+    ),
+)
+
+
+@pytest.mark.parametrize(("function", "parts"), FUSING_ONLY_IN_BF16)
+def test_in_fp32_only_the_products_stay_calls(
+    function: Callable[..., object], parts: list[str]
+) -> None:
+    inputs = matrices((128, 512), (512, 512), (512,))
+    result, names = expanded(function, *inputs)
+    assert names == parts
+    torch.testing.assert_close(result, function(*inputs), rtol=1e-4, atol=1e-4)
+
+
 @pytest.mark.parametrize("dtype", [FP32, BF16])
 def test_large_products_stay_calls(dtype: torch.dtype) -> None:
     x, weight, bias = matrices((128, 512), (512, 512), (512,), dtype=dtype)
@@ -128,14 +157,13 @@ def test_large_products_stay_calls(dtype: torch.dtype) -> None:
     calls: tuple[tuple[Callable[..., object], list[Tensor]], ...] = (
         (lambda x, w: ops.mm(x, w.t()), [x, weight]),
         (lambda x, w, b: ops.linear_op(x, w, b, "relu"), [x, weight, bias]),
-        (lambda x, w, b: ops.linear_saving_input(x, w, b, "gelu"), [x, weight, bias]),
-        (lambda x, w, b: ops.linear_add(x, w, b, x), [x, weight, bias]),
-        (lambda x, w: ops.linear_backward(x, None, x, w, "none", True, FP32), [x, weight]),
     )
+    if dtype == BF16:
+        calls += tuple((function, [x, weight, bias]) for function, _ in FUSING_ONLY_IN_BF16)
     for function, inputs in calls:
         module = traced(function, *inputs)
         before = operators(module.graph)
-        assert expand_small_products(module.graph) == 0
+        assert expand_products(module.graph) == 0
         assert operators(module.graph) == before
 
 
@@ -143,7 +171,7 @@ def test_large_products_stay_calls(dtype: torch.dtype) -> None:
 def test_a_symbolic_size_counts_as_the_one_seen_first(rows: int, fired: int) -> None:
     x, weight = matrices((rows, 128), (128, 128))
     module = traced(lambda x, w: ops.linear_op(x, w, None, "relu"), x, weight, dynamic=(0,))
-    assert expand_small_products(module.graph) == fired
+    assert expand_products(module.graph) == fired
     module.graph.lint()
     module.recompile()
     other = torch.randn(9, 128)

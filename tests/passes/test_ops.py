@@ -92,7 +92,7 @@ def test_linear_add(dtype: torch.dtype) -> None:
 def test_every_kernel_serves_every_linear(
     dtype: torch.dtype, kernel: str, bias_dtype: str | None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(ops, "fastest", lambda a, b, preferred: kernel)
+    monkeypatch.setattr(ops, "fastest", lambda a, b, following, runs: kernel)
     x, weight, residual = (torch.randn(s).to(dtype) for s in ((32, 24), (16, 24), (32, 16)))
     bias = None if bias_dtype is None else torch.randn(16)
     if bias is not None and bias_dtype == "same":

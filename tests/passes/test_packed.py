@@ -22,18 +22,13 @@ if gemm.onednn_available() and torch.ops.mkldnn._is_mkldnn_bf16_supported():
 
 
 @pytest.fixture(autouse=True)
-def nothing_is_small(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[None]:
+def nothing_is_small(own_cache: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     """Packed copies for products of all sizes, and nothing remembered or kept from before."""
     monkeypatch.setattr(packed, "_KEPT", {})
-    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     for dtype in gemm._SMALL:
         monkeypatch.setitem(gemm._SMALL, dtype, 0)
-    for memory in (gemm._choices, gemm._adopted):
-        memory.cache_clear()
     yield
     assert not packed._KEPT, "an entry outlived its weight"
-    for memory in (gemm._choices, gemm._adopted):
-        memory.cache_clear()
 
 
 @pytest.fixture

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import subprocess
-from collections.abc import Iterator
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -12,21 +11,14 @@ from typing import Any
 import pytest
 
 from optcpu.layout import choice, ipex, native
-from passes import gemm
 
 SHAPES = [(64, 32), (8, 8), (64, 32), (4, 2), (2, 2), (3, 1)]
 
 
 @pytest.fixture
-def both_possible(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[None]:
-    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+def both_possible(own_cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(ipex, "why_impossible", lambda: None)
     monkeypatch.setattr(native, "why_impossible", lambda: None)
-    for memory in (gemm._choices, gemm._adopted):
-        memory.cache_clear()
-    yield
-    for memory in (gemm._choices, gemm._adopted):
-        memory.cache_clear()
 
 
 def answering(monkeypatch: pytest.MonkeyPatch, answer: Any) -> list[list[str]]:

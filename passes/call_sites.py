@@ -1,0 +1,100 @@
+"""What generated code calls in place of a fused operator.
+
+On its way through PyTorch's dispatcher to Python, and through the search for the fastest kernel, a call
+takes 30 to 75 us where products have left nothing else in the caches: a twentieth of a step, where layers
+are a few hundred wide. A place in generated code calls the same operator on the same shapes again and
+again; so it looks the kernels up once and calls them.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable
+from typing import Any, TypeAlias
+
+import torch
+from torch import Tensor
+from torch._C._autograd import _profiler_enabled
+
+from passes import gemm, ops, packed
+
+Run: TypeAlias = Callable[..., Any]
+
+
+class CallSite:
+    """A place that calls a fused operator, with tensors of the same shapes, orders and dtypes each time.
+
+    While a profiler runs the operator itself is called, so that profiles show it.
+
+    Args:
+        name: of the operator in ``torch.ops.optcpu``: one of :data:`DIRECT`.
+    """
+
+    def __init__(self, name: str) -> None:
+        self._operator = getattr(torch.ops.optcpu, name).default
+        self._implementation: Run = ops.IMPLEMENTATIONS[name]
+        self._settle = DIRECT[name]
+        self._run = self._implementation
+        self._settled_for: object = None
+
+    def __call__(self, *arguments: Any) -> Any:
+        """What the operator gives for these arguments, to the bit."""
+        if _profiler_enabled():
+            return self._operator(*arguments)
+        present = _circumstances()
+        if self._settled_for == present:
+            return self._run(*arguments)
+        result = self._implementation(
+            *arguments
+        )  # chooses kernels for what nobody has multiplied before
+        # In BF16 weights may be kept packed, and which copy is multiplied can differ from call to call.
+        settles = arguments[0].dtype == torch.float32 and not packed.any_kept()
+        self._run = self._settle(*arguments) if settles else self._implementation
+        self._settled_for = present
+        return result
+
+
+def _circumstances() -> tuple[object, ...]:
+    """What decides which kernel is called, besides the arguments."""
+    return gemm.adoptions(), torch.get_num_threads(), packed.any_kept()
+
+
+def _mm(a: Tensor, b: Tensor) -> gemm.Kernel:
+    return gemm.kernels(a.dtype)[gemm.fastest(a, b)]
+
+
+def _linear(*arguments: Any) -> Run:
+    return functools.partial(ops.linear_by, ops.kernel_of_linear(*arguments))
+
+
+def _linear_add(x: Tensor, weight: Tensor, bias: Tensor | None, residual: Tensor) -> Run:
+    kernel = ops.kernel_of_linear(x, weight, bias, "none", residual)
+    return functools.partial(ops.linear_add_by, kernel)
+
+
+def _linear_backward(
+    gradient: Tensor,
+    saved: Tensor | None,
+    x: Tensor,
+    weight: Tensor | None,
+    activation: str,
+    *_: Any,
+) -> Run:
+    if saved is not None:  # may be laid out otherwise
+        gradient = ops.activation_backward(gradient, saved, activation)
+    for_weight = _mm(gradient.t(), x)
+    for_input = (
+        for_weight if weight is None else _mm(gradient, weight)
+    )  # not called without a weight
+    return functools.partial(ops.linear_backward_by, for_input, for_weight)
+
+
+# What finds the kernels for the arguments of an operator, by its name.
+DIRECT: dict[str, Callable[..., Run]] = {
+    "mm": _mm,
+    "linear": _linear,
+    "linear_add": _linear_add,
+    "linear_backward": _linear_backward,
+}
+
+__all__ = ["DIRECT", "CallSite"]

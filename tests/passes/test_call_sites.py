@@ -1,0 +1,127 @@
+"""What generated code calls computes what the operators do, by the kernels that were chosen."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+from torch.profiler import profile
+
+from passes import call_sites, gemm, ops, packed
+from passes.call_sites import CallSite
+
+
+def _arguments(operator: str, dtype: torch.dtype = torch.float32) -> tuple[Any, ...]:
+    torch.manual_seed(0)
+    x, weight, y = (torch.randn(s).to(dtype) for s in ((96, 256), (320, 256), (96, 320)))
+    bias = torch.randn(320).to(dtype)
+    return {
+        "mm": (x, weight.t()),
+        "linear": (x, weight, bias, "relu"),
+        "linear_add": (x, weight, bias, y),
+        "linear_backward": (y, y.relu(), x, weight, "relu", True, torch.float32),
+    }[operator]
+
+
+def _same(one: Any, other: Any) -> bool:
+    ones, others = ([a] if isinstance(a, Tensor) else list(a) for a in (one, other))
+    return len(ones) == len(others) and all(map(torch.equal, ones, others))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("operator", call_sites.DIRECT)
+def test_a_site_gives_the_bits_of_its_operator(operator: str, dtype: torch.dtype) -> None:
+    site, arguments = CallSite(operator), _arguments(operator, dtype)
+    expected = getattr(torch.ops.optcpu, operator).default(*arguments)
+    for _ in range(3):  # the first call settles the kernels
+        assert _same(site(*arguments), expected)
+
+
+def test_what_is_not_wanted_is_empty() -> None:
+    y, _, x, *_ = _arguments("linear_backward")
+    site = CallSite("linear_backward")
+    for _ in range(2):
+        of_x, of_weight, of_bias = site(y, None, x, None, "none", False, torch.float32)
+        assert of_x.numel() == of_bias.numel() == 0
+        torch.testing.assert_close(of_weight, y.t() @ x, rtol=1e-4, atol=1e-4)
+
+
+@pytest.fixture
+def calls(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """The kernels that are called, by name."""
+    called: list[str] = []
+
+    def noting(name: str, kernel: gemm.Kernel) -> gemm.Kernel:
+        def run(a: Tensor, b: Tensor) -> Tensor:
+            called.append(name)
+            return kernel(a, b)
+
+        return run
+
+    noted = {name: noting(name, k) for name, k in gemm.kernels(torch.float32).items()}
+    monkeypatch.setattr(gemm, "kernels", lambda dtype: noted)
+    return called
+
+
+def test_the_search_is_made_once(
+    own_cache: object, calls: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    site, arguments = CallSite("mm"), _arguments("mm")
+    site(*arguments)
+
+    def fail(*_: object) -> str:
+        raise AssertionError("searched again")
+
+    monkeypatch.setattr(gemm, "fastest", fail)
+    calls.clear()
+    site(*arguments)
+    assert len(calls) == 1
+
+
+def test_adopted_choices_are_followed(own_cache: object, calls: list[str]) -> None:
+    site, (a, b) = CallSite("mm"), _arguments("mm")
+    site(a, b)
+    for name in gemm.kernels(torch.float32):
+        gemm.adopt({gemm.shape_key(a, b): name})
+        calls.clear()
+        site(a, b)
+        assert calls == [name]
+
+
+def test_another_number_of_threads_is_another_search(
+    own_cache: object, calls: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    site, (a, b) = CallSite("mm"), _arguments("mm")
+    site(a, b)
+    (other,) = (name for name in ("aten", "onednn") if name != gemm.fastest(a, b))
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        gemm._choices()[gemm.shape_key(a, b)] = other
+        calls.clear()
+        site(a, b)
+        assert calls == [other]
+    finally:
+        torch.set_num_threads(before)
+
+
+def test_weights_that_are_kept_packed_are_seen(monkeypatch: pytest.MonkeyPatch) -> None:
+    site, arguments = CallSite("mm"), _arguments("mm")
+    expected = site(*arguments)
+    monkeypatch.setattr(packed, "any_kept", lambda: True)
+    monkeypatch.setattr(packed, "product", lambda x, weight, *_: x @ weight.t() + 1)
+    assert torch.allclose(site(*arguments), expected + 1, atol=1e-4)
+
+
+def test_profiles_show_the_operator() -> None:
+    site, arguments = CallSite("linear"), _arguments("linear")
+    site(*arguments)
+    with profile() as record:
+        site(*arguments)
+    assert "optcpu::linear" in {event.key for event in record.key_averages()}
+
+
+def test_every_site_has_an_implementation() -> None:
+    assert call_sites.DIRECT.keys() <= ops.IMPLEMENTATIONS.keys()
