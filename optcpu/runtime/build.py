@@ -14,7 +14,7 @@ from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler, ReduceLROnPlateau
 
 from optcpu.cpu import capabilities
-from optcpu.errors import OptcpuError
+from optcpu.errors import OptcpuError, warn
 from optcpu.layout import expect_products
 from optcpu.optim import Lookahead
 from optcpu.optim.convert import why_not
@@ -24,7 +24,7 @@ from optcpu.pipeline import Pipeline, resolve_precision
 from optcpu.runtime.callbacks import Callback
 from optcpu.runtime.data.loading import is_dataset
 from optcpu.runtime.freezing.freezer import DynamicFreezer
-from optcpu.runtime.options import TrainerOptions
+from optcpu.runtime.options import FreezingOptions, TrainerOptions
 from optcpu.runtime.schedule import make_schedule, too_short
 from optcpu.takeover import stored_as, widen_gradients
 from passes.base import Pass, Rewrite
@@ -242,6 +242,7 @@ def make_freezer(
     if given is None:
         assert options.freezing is not None
         settings = options.freezing.model_dump()
+        _check_that_it_can_freeze(options.freezing, total_steps)
         total_steps = total_steps if settings.pop("payback") else None
         return DynamicFreezer(model, optimizer, total_steps=total_steps, **settings)
     if options.freezing is not None:
@@ -250,6 +251,18 @@ def make_freezer(
     if not isinstance(made, DynamicFreezer):
         raise TypeError(f"freezer must make a DynamicFreezer, not {type(made).__name__}")
     return made
+
+
+def _check_that_it_can_freeze(freezing: FreezingOptions, total_steps: int | None) -> None:
+    """Warn where the run ends before the first decision that could freeze something."""
+    # The first window has none before it to be compared with.
+    first = (freezing.patience + 1) * freezing.window
+    if total_steps is not None and first >= total_steps:
+        warn(
+            f"freezing has no effect: with window {freezing.window} and patience {freezing.patience} the "
+            f"first freeze can come behind step {first}, and the run has {total_steps}. Remedy: a smaller "
+            "freezing.window or freezing.patience"
+        )
 
 
 def check_functions(**functions: Any) -> None:

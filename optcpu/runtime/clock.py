@@ -9,7 +9,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
-PHASES = ("step", "compile", "validation", "checkpoint")
+PHASES = ("data", "step", "compile", "validation", "checkpoint")
 
 _RECENT = 50
 
@@ -17,7 +17,8 @@ _RECENT = 50
 class Clock:
     """Seconds spent in each phase of a run.
 
-    A step that compiled something counts as ``"compile"``, so that it does not spoil the estimate.
+    A step that compiled something counts as ``"compile"``, so that it does not spoil the estimate. What
+    callbacks do behind a step counts with it, and ``"data"`` is what a step waited for its batches.
 
     Attributes:
         seconds: spent in each phase, over all sessions of the run.
@@ -29,11 +30,12 @@ class Clock:
         self.counts = dict.fromkeys(PHASES, 0)
         self._recent: dict[str, deque[float]] = {phase: deque(maxlen=_RECENT) for phase in PHASES}
 
-    def add(self, phase: str, seconds: float) -> None:
-        """Count one more of ``phase``."""
+    def add(self, phase: str, seconds: float, *, is_typical: bool = True) -> None:
+        """Count one more of ``phase``, which says something of those to come if it ``is_typical``."""
         self.seconds[phase] += seconds
         self.counts[phase] += 1
-        self._recent[phase].append(seconds)
+        if is_typical:
+            self._recent[phase].append(seconds)
 
     @contextmanager
     def measure(self, phase: str) -> Iterator[None]:
@@ -43,16 +45,26 @@ class Clock:
         self.add(phase, time.perf_counter() - started)
 
     def typical(self, phase: str) -> float | None:
-        """Median seconds of the recent ones; None before the first."""
+        """Median seconds of the recent ones, but the mean of data, which come in bursts.
+
+        None before the first.
+        """
         recent = self._recent[phase]
-        return statistics.median(recent) if recent else None
+        if not recent:
+            return None
+        return statistics.fmean(recent) if phase == "data" else statistics.median(recent)
+
+    def step_with_data(self) -> float | None:
+        """Seconds from one step to the next; None while no step was measured."""
+        step = self.typical("step")
+        return None if step is None else step + (self.typical("data") or 0.0)
 
     def remaining(self, steps: int, validations: int, checkpoints: int) -> float | None:
         """Seconds that so many more of each will take; None while no step was measured.
 
         What has not been there yet counts as nothing, and nothing more is expected to compile.
         """
-        step = self.typical("step")
+        step = self.step_with_data()
         if step is None:
             return None
         validation, checkpoint = self.typical("validation"), self.typical("checkpoint")
@@ -68,6 +80,7 @@ class Clock:
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Go on from what :meth:`state_dict` gave."""
-        self.seconds, self.counts = dict(state["seconds"]), dict(state["counts"])
+        self.seconds |= state["seconds"]  # which may be of a version that had fewer phases
+        self.counts |= state["counts"]
         for phase, typical in state["typical"].items():
             self._recent[phase] = deque([] if typical is None else [typical], maxlen=_RECENT)

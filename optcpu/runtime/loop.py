@@ -13,6 +13,7 @@ from optcpu.errors import OptcpuError, warn
 from optcpu.measure.batches import Batch, signature
 from optcpu.optimize import compiled_call
 from optcpu.runtime.checkpoint.folder import CheckpointFolder
+from optcpu.runtime.data.loading import Interrupted
 from optcpu.runtime.display import Display
 from optcpu.runtime.events import tell, tell_the_rest
 from optcpu.runtime.finish import Finisher, step_scheduler
@@ -87,6 +88,7 @@ class Loop:
         self._updating = False
         self.saver = Saver(run, options, runner, folder, display, trainer)
         self._data_stops = 0
+        self._has_drawn = False
         self._shapes: set[tuple[tuple[int, ...], ...]] = set()  # of what was compiled
         self._regions = 0  # of the model's code that were compiled, as far as is known
         self._has_compiled()
@@ -123,14 +125,23 @@ class Loop:
             if self._stops():
                 self.saver.save("stopped")
                 return self._stop.by or "another process"
-            try:
-                step = self._run.pending or self.draw()
-            except _DataStopped:
-                continue  # it will stop
-            if step is None:
-                self._end_epoch()
-            else:
-                self._make(step)
+            self._go_on()
+
+    def _go_on(self) -> None:
+        """Make the next step, or end the epoch; nothing if the data stop since the run is to."""
+        started = time.perf_counter()
+        try:
+            step = self._run.pending or self.draw()
+        except _DataStopped:
+            return
+        waited = time.perf_counter() - started
+        # The first in a process start what loads the data.
+        self._run.clock.add("data", waited, is_typical=self._has_drawn and step is not None)
+        self._has_drawn = True
+        if step is None:
+            self._end_epoch()
+        else:
+            self._make(step)
 
     def _finish_last_step(self) -> None:
         """Do what an error has left to do about the step that a run goes on behind."""
@@ -158,7 +169,10 @@ class Loop:
         raw: list[Any] = []
         stopped = False
         try:
-            raw = run.feed.take(self._options.accumulation_steps, before["feed"])
+            raw = run.feed.take(self._options.accumulation_steps, before["feed"], self._stops_alone)
+        except Interrupted:
+            run.put_back(before)
+            raise _DataStopped("the run is to stop") from None
         except OptcpuError:
             # A signal to the whole group ends the processes that load the data, too.
             if not self._stop.comes_soon() or self._data_stops == _MOST_DATA_STOPS:
@@ -176,13 +190,17 @@ class Loop:
         sum_over_all = _itself if alone else run.world.sum_numbers
         return collect(raw, before, self._size_of, sum_over_all, run.feed.repeated)
 
+    def _stops_alone(self) -> bool:
+        """Whether the run is to stop, and no other process has to know before this one does."""
+        return self._stop.by is not None and self._run.world.size == 1
+
     def _make(self, step: MicroBatches) -> None:
         run, position = self._run, self._run.position
         run.pending = step
         started = time.perf_counter()
         self._runner.begin(step)
         while not step.complete:
-            if self._stop.by is not None and run.world.size == 1:
+            if self._stops_alone():
                 return  # the gradient so far goes into the checkpoint
             is_last = step.done + 1 == len(step.batches)
             self._updating = self._options.update_in_backward and is_last
@@ -204,10 +222,12 @@ class Loop:
         self._before, self._updating, self.saver.changed = None, False, True
         self._finisher.follow()
         phase = "compile" if self._has_compiled() else "step"
-        run.clock.add(phase, time.perf_counter() - started)
         if phase == "compile" and not self._options.dynamic:
             self._note_shapes(step)
-        self._finisher.tell()
+        try:
+            self._finisher.tell()
+        finally:
+            run.clock.add(phase, time.perf_counter() - started)
 
     def _note_shapes(self, step: MicroBatches) -> None:
         """Warn once where batches come in so many shapes that compiling each does not pay."""

@@ -7,10 +7,11 @@ from collections.abc import Iterable, Mapping
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from optcpu.optim import SGD, Adam, AdamW, Lamb, Lookahead
+from optcpu.optim.base import StoredOptimizer
 from optcpu.optimize import compiled_call
 from optcpu.pipeline import resolve_precision
 from optcpu.runtime.options import OptimizerOptions, TrainerOptions
@@ -73,6 +74,35 @@ def optimizer_settings(given: Any, lr: float | None) -> dict[str, Any]:
     return {**settings, "lr": lr}
 
 
+def load_state(optimizer: Optimizer, saved: dict[str, Any]) -> None:
+    """``optimizer.load_state_dict(saved)``, but the state keeps the dtypes that it had.
+
+    PyTorch brings all but a ``"step"`` to the dtype of the parameter: momentum in FP64 or BF16, counters
+    and masks would go on as something else.
+    """
+    optimizer.load_state_dict(saved)
+    inner = optimizer.optimizer if isinstance(optimizer, Lookahead) else optimizer
+    if isinstance(inner, StoredOptimizer):  # has its own
+        return
+    parameters = [p for group in inner.param_groups for p in group["params"]]
+    places = [place for group in saved["param_groups"] for place in group["params"]]
+    for place, parameter in zip(places, parameters, strict=True):
+        if place in saved["state"] and parameter in inner.state:
+            inner.state[parameter] = _in_its_dtype(inner.state[parameter], saved["state"][place])
+
+
+def _in_its_dtype(loaded: Any, saved: Any) -> Any:
+    """``loaded``, with tensors as ``saved`` wherever they have other dtypes there."""
+    if isinstance(loaded, Tensor) and isinstance(saved, Tensor):
+        return loaded if loaded.dtype == saved.dtype else saved.clone()
+    if isinstance(loaded, dict) and isinstance(saved, dict):
+        for name in loaded.keys() & saved.keys():
+            loaded[name] = _in_its_dtype(loaded[name], saved[name])
+    elif type(loaded) is list and type(saved) is list and len(loaded) == len(saved):
+        loaded[:] = map(_in_its_dtype, loaded, saved)
+    return loaded
+
+
 def check_local_steps(optimizer: Optimizer, local_steps: int | None) -> None:
     """Raise ValueError if the optimizer is a Lookahead of another number of steps."""
     if local_steps is not None and isinstance(optimizer, Lookahead) and optimizer.k != local_steps:
@@ -97,8 +127,9 @@ def check_optimizer(
         local_steps: that each process makes by itself; None if there are none.
 
     Raises:
-        ValueError: it has none of them, others that checkpoints would not have, a step that wants to
-            compute the loss again, or is a :class:`optcpu.Lookahead` of another number of steps.
+        ValueError: it has none of them, no learning rate, others that checkpoints would not have, a step
+            that wants to compute the loss again, or is a :class:`optcpu.Lookahead` of another number of
+            steps.
     """
     check_local_steps(optimizer, local_steps)
     closure = inspect.signature(optimizer.step).parameters.get("closure")
@@ -106,6 +137,11 @@ def check_optimizer(
         raise ValueError(
             f"{type(optimizer).__name__} computes the loss anew within a step, which the trainer does not "
             "offer: take an optimizer whose step needs no closure, or write the loop yourself"
+        )
+    if not all("lr" in group for group in optimizer.param_groups):
+        raise ValueError(
+            f"a group of the {type(optimizer).__name__} has no 'lr', which schedules set and logs tell: "
+            "give each group one (group['lr'] = 1.0), also where the optimizer looks at another name"
         )
     known = {id(parameter) for parameter in trained}
     updated = [p for group in optimizer.param_groups for p in group["params"]]

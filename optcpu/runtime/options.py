@@ -193,8 +193,8 @@ class TrainerOptions(Options):
         epochs: passes over the training data. Either this or ``steps`` is given.
         steps: optimizer steps.
         batch_size: samples in a micro-batch, where the training data are a dataset.
-        accumulation_steps: micro-batches in one optimizer step. The last step of an epoch has fewer
-            where they do not divide it.
+        accumulation_steps: micro-batches in one optimizer step, whose data are in memory together. The
+            last step of an epoch has fewer where they do not divide it.
         optimizer: makes the optimizer, where none is given as an object.
         schedule: of the learning rate, where no scheduler is given as an object.
         max_grad_norm: clip the gradient to this norm; None leaves it.

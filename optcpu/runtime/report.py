@@ -111,7 +111,7 @@ class Reporter:
 
     def _estimate(self, samples: int) -> tuple[float | None, float | None]:
         """Samples a second in steps of ``samples``, and the seconds until the end of the run."""
-        seconds = self._run.clock.typical("step")
+        seconds = self._run.clock.step_with_data()
         return None if seconds is None else samples / seconds, self._seconds_left()
 
     def _seconds_left(self) -> float | None:

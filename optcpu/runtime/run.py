@@ -21,6 +21,7 @@ from optcpu.runtime.checkpoint.rng import rng_state, set_rng_state
 from optcpu.runtime.clock import Clock
 from optcpu.runtime.data.loading import Feed
 from optcpu.runtime.freezing.freezer import DynamicFreezer
+from optcpu.runtime.optimizers import load_state
 from optcpu.runtime.plan import Plan
 from optcpu.runtime.position import Position
 from optcpu.runtime.schedule import Schedule, too_short
@@ -200,7 +201,7 @@ class Run:
         processes = state["processes"]
         own = processes[self.world.rank] if len(processes) == self.world.size else {}
         self._set_buffers(own.get("buffers", {}))
-        self.optimizer.load_state_dict(own.get("optimizer", state["optimizer"]))
+        load_state(self.optimizer, own.get("optimizer", state["optimizer"]))
         self.optimizer.zero_grad(set_to_none=True)
 
     def has_groups_of(self, state: dict[str, Any]) -> bool:

@@ -40,6 +40,7 @@ from optcpu.runtime.objective import is_own
 from optcpu.runtime.optimizers import (
     check_local_steps,
     check_optimizer,
+    load_state,
     make_optimizer,
     optimizer_settings,
     own_state_dtype,
@@ -75,7 +76,8 @@ class TrainingResult:
         best: the best value of ``checkpoints.best``; None if nothing is watched.
         stopped_by: a signal's name, or ``"stop()"``; None where the run came to its end.
         stop_reason: why it ended before its time, in words; None where it did not.
-        seconds: spent in steps, in compiling, validation and checkpoints, over all sessions.
+        seconds: spent in steps, in waiting for data, compiling, validation and checkpoints, over all
+            sessions.
     """
 
     steps: int
@@ -421,7 +423,7 @@ class Trainer:
         # Lookahead's slow weights are what the weights were when it was made.
         state = self._world.from_first(self.optimizer.state_dict() if self._world.first else None)
         if not self._world.first:
-            self.optimizer.load_state_dict(state)
+            load_state(self.optimizer, state)
 
 
 # What may be given besides the options.

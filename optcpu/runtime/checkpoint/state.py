@@ -6,6 +6,8 @@ What JSON has stays as it is. Everything else is an object of one entry whose na
 ``{"$tuple": [...]}``                   a tuple
 ``{"$dict": [[key, value], ...]}``      a dict with keys that are not plain strings; likewise
                                         ``$OrderedDict`` and ``$Counter``
+``{"$deque": [...], "maxlen": ...}``    a deque
+``{"$dtype": "bfloat16"}``              a dtype of PyTorch
 ``{"$int": "0x..."}``                   an int beyond 63 bits
 ``{"$float": "7ff8000000000000"}``      NaN or infinity: the bits of the double
 ``{"$str": ...}``, ``{"$bytes": ...}``  base64: text that is no valid Unicode, and bytes
@@ -20,7 +22,7 @@ from __future__ import annotations
 
 import base64
 import struct
-from collections import Counter, OrderedDict
+from collections import Counter, OrderedDict, deque
 from collections.abc import Mapping
 from typing import Any, Literal, NoReturn
 
@@ -67,8 +69,9 @@ class Encoder:
         """``value`` as what :func:`json.dumps` takes.
 
         Args:
-            value: dicts with keys that are strings, ints or tuples of such; lists, tuples, None, bools,
-                ints, floats, strings, bytes, tensors, NumPy arrays and scalars, nested at will.
+            value: dicts with keys that are strings, numbers or tuples of such; lists, tuples, deques,
+                None, bools, ints, floats, strings, bytes, dtypes, tensors, NumPy arrays and scalars,
+                nested at will.
             path: the keys that lead to it, for names and messages.
 
         Raises:
@@ -93,6 +96,10 @@ class Encoder:
             return [self.encode(item, (*path, index)) for index, item in enumerate(value)]
         if kind is tuple:
             return {"$tuple": self.encode(list(value), path)}
+        if kind is deque:
+            return {"$deque": self.encode(list(value), path), "maxlen": value.maxlen}
+        if kind is torch.dtype:
+            return {"$dtype": str(value).removeprefix("torch.")}
         if kind in _TAG_OF:
             return self._mapping(value, path)
         if id(value) in self._known:
@@ -122,7 +129,7 @@ class Encoder:
         if not _is_key(key):
             raise TypeError(
                 f"{joined(path)} has the key {key!r}, {_a(key)}; a checkpoint holds dicts whose keys are "
-                "strings, integers or tuples of them"
+                "strings, numbers or tuples of them"
             )
         return self.encode(key, path)
 
@@ -215,6 +222,10 @@ class Decoder:
     def _tagged(self, tag: str, content: Json, structure: dict[str, Json]) -> Any:
         if tag == "$tuple":
             return tuple(self.decode(content))
+        if tag == "$deque":
+            return deque(self.decode(content), structure["maxlen"])
+        if tag == "$dtype":
+            return _dtype_of_torch(content)
         if tag in _MAPPINGS:
             return _MAPPINGS[tag]({self.decode(key): self.decode(value) for key, value in content})
         if tag == "$int":
@@ -236,9 +247,7 @@ class Decoder:
 
     def _tensor(self, tensor: Tensor, structure: dict[str, Json]) -> Tensor:
         if "dtype" in structure:
-            dtype = vars(torch).get(structure["dtype"])
-            if not isinstance(dtype, torch.dtype):
-                raise TypeError(f"{structure['dtype']!r} is no dtype")
+            dtype = _dtype_of_torch(structure["dtype"])
             tensor = tensor.view(dtype).reshape(structure["shape"])
         return _with_stride(tensor, structure["stride"]) if "stride" in structure else tensor
 
@@ -256,6 +265,13 @@ class Decoder:
         return dtype
 
 
+def _dtype_of_torch(name: str) -> torch.dtype:
+    dtype = vars(torch).get(name)
+    if not isinstance(dtype, torch.dtype):
+        raise TypeError(f"{name!r} is no dtype")
+    return dtype
+
+
 def joined(path: Path) -> str:
     """A path as one would write it: ``optimizer.state[3].exp_avg``."""
     if not path:
@@ -267,8 +283,8 @@ def joined(path: Path) -> str:
 def _refuse(value: object, path: Path, what: str | None = None) -> NoReturn:
     raise TypeError(
         f"{joined(path)} is {what or _a(value)}, which a checkpoint cannot hold: it takes None, bools, "
-        "numbers, strings, bytes, dense tensors on the CPU, NumPy arrays, and dicts, lists and tuples of "
-        "them"
+        "numbers, strings, bytes, dtypes, dense tensors on the CPU, NumPy arrays, and dicts, lists, tuples "
+        "and deques of them"
     )
 
 
@@ -280,7 +296,7 @@ def _a(value: object) -> str:
 def _is_key(key: object) -> bool:
     if type(key) is tuple:
         return all(_is_key(part) for part in key)
-    return type(key) in (str, int)
+    return type(key) in (str, int, float)
 
 
 def _is_plain_key(key: object) -> bool:

@@ -164,6 +164,10 @@ def _begun_anew(data: Any) -> Iterable[Any]:
     return data  # type: ignore[no-any-return]
 
 
+class Interrupted(Exception):
+    """Batches were asked for, and then no longer wanted."""
+
+
 class Feed:
     """The stream of micro-batches that training consumes, epoch by epoch.
 
@@ -245,14 +249,21 @@ class Feed:
             raise TypeError("the number of batches in an epoch of these data is not known")
         return self.length
 
-    def take(self, count: int = 1, before: dict[str, Any] | None = None) -> list[Any]:
+    def take(
+        self,
+        count: int = 1,
+        before: dict[str, Any] | None = None,
+        interrupted: Callable[[], bool] = lambda: False,
+    ) -> list[Any]:
         """The next ``count`` batches, fewer at the end of the epoch, and none behind it.
 
         Args:
             count: of batches.
             before: what :meth:`state_dict` gives now, if the caller has it already.
+            interrupted: asked behind each batch but the last.
 
         Raises:
+            Interrupted: it said so; the caller has to put back what was taken.
             OptcpuError: fetching one raised an error, which is its cause, or there are no data. Nothing is
                 taken then, and the next call tries again.
         """
@@ -264,6 +275,10 @@ class Feed:
             while len(taken) < count and (batch := self._next()) is not _END:
                 self.repeated += [len(taken)] if self._source.passed() else []
                 taken.append(batch)
+                if len(taken) < count and interrupted():
+                    raise Interrupted
+        except Interrupted:
+            raise
         except Exception as error:
             place = f"batch {self.batches_done} of epoch {self.epoch} (counted from 0)"
             self.put_back(before)

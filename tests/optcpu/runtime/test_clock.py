@@ -14,7 +14,7 @@ def test_compiling_does_not_spoil_the_estimate() -> None:
     clock.add("validation", 5.0)
     assert clock.remaining(10, 2, 3) == pytest.approx(10 * 1.0 + 2 * 5.0)
     assert clock.seconds == pytest.approx(
-        {"step": 3.2, "compile": 30.0, "validation": 5.0, "checkpoint": 0.0}
+        {"data": 0.0, "step": 3.2, "compile": 30.0, "validation": 5.0, "checkpoint": 0.0}
     )
 
 
@@ -37,3 +37,26 @@ def test_what_raises_is_not_counted() -> None:
     with clock.measure("checkpoint"):
         pass
     assert clock.counts["checkpoint"] == 1
+
+
+def test_waiting_for_data_counts_as_it_comes() -> None:
+    clock = Clock()
+    clock.add("data", 60.0, is_typical=False)  # processes start
+    assert clock.step_with_data() is None
+    clock.add("step", 1.0)
+    assert clock.step_with_data() == pytest.approx(1.0)
+    for seconds in (4.0, 0.0, 0.0, 0.0):  # of four processes
+        clock.add("data", seconds)
+    assert clock.step_with_data() == pytest.approx(2.0)
+    assert clock.remaining(10, 0, 0) == pytest.approx(20.0)
+    assert clock.seconds["data"] == pytest.approx(64.0)
+
+
+def test_a_state_without_data_is_of_an_older_version() -> None:
+    state = Clock().state_dict()
+    for part in state.values():
+        del part["data"]
+    clock = Clock()
+    clock.load_state_dict(state)
+    clock.add("data", 1.0)
+    assert clock.counts["data"] == 1

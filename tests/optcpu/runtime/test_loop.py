@@ -2,7 +2,9 @@ from __future__ import annotations
 
 import json
 import math
+import time
 import warnings
+import weakref
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -12,7 +14,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 from torch.optim.lr_scheduler import ReduceLROnPlateau
-from torch.utils.data import TensorDataset
+from torch.utils.data import DataLoader, Dataset, TensorDataset
 from training import (
     CLASSES,
     FEATURES,
@@ -828,3 +830,79 @@ def test_a_rollback_behind_an_added_group_says_so(tmp_path: Path) -> None:
     )
     with pytest.raises(TrainingDiverged, match=r"of step 0 cannot be put back.*on_train_begin"):
         trainer.train()
+
+
+class _Slow(Dataset[tuple[Tensor, Tensor]]):
+    """Samples that take a while to come."""
+
+    def __init__(self, seconds: float) -> None:
+        self._seconds, self._data = seconds, small_data()
+        self.given = 0
+
+    def __len__(self) -> int:
+        return len(self._data)
+
+    def __getitem__(self, index: int) -> tuple[Tensor, Tensor]:
+        time.sleep(self._seconds)
+        self.given += 1
+        return self._data[index]
+
+
+def test_waiting_for_data_is_in_the_time_that_is_told(capsys: pytest.CaptureFixture[str]) -> None:
+    trainer = small_trainer(
+        None, _Slow(0.02), steps=6, accumulation_steps=1, batch_size=4, workers=0
+    )
+    result = trainer.train()
+    assert result.seconds["data"] >= 22 * 0.02
+    assert trainer._run.clock.step_with_data() >= 4 * 0.02
+
+
+def test_a_stop_does_not_wait_for_the_data_of_the_whole_step(tmp_path: Path) -> None:
+    data = _Slow(0.0)
+
+    def take(index: int) -> tuple[Tensor, Tensor]:
+        if data.given == 6:  # within the second of the micro-batches
+            trainer.stop()
+        return _Slow.__getitem__(data, index)
+
+    data.__class__ = type("Stopping", (_Slow,), {"__getitem__": lambda self, i: take(i)})
+    given: dict[str, Any] = {"checkpoints": tmp_path / "stopped", "workers": 0}
+    trainer = small_trainer(None, data, **given)
+    result = trainer.train()
+    assert result.steps == 0
+    assert result.stopped_by == "stop()"
+    assert data.given == 8
+    resumed, whole = small_model(), small_model()
+    small_trainer(resumed, small_data(), **given).train()
+    small_trainer(whole, small_data(), workers=0).train()
+    for one, other in zip(resumed.parameters(), whole.parameters(), strict=True):
+        assert torch.equal(one, other)
+
+
+def test_a_step_leaves_no_batches_behind() -> None:
+    alive: list[weakref.ref[Tensor]] = []
+
+    class Watched(_Slow):
+        def __getitem__(self, index: int) -> tuple[Tensor, Tensor]:
+            if index == 0 and alive:
+                seen.append(sum(one() is not None for one in alive))
+            inputs, target = super().__getitem__(index)
+            return inputs, target
+
+    seen: list[int] = []
+
+    def collate(samples: list[Any]) -> Any:
+        batch = torch.utils.data.default_collate(samples)
+        alive.append(weakref.ref(batch[0]))
+        return batch
+
+    loader = DataLoader(Watched(0.0), batch_size=22, collate_fn=collate)
+    small_trainer(None, loader, epochs=4).train()
+    assert seen == [0, 0, 0]
+
+
+def test_freezing_that_cannot_come_before_the_end_is_told() -> None:
+    with pytest.warns(
+        UserWarning, match=r"freezing has no effect.*behind step 60.* has 4\. Remedy"
+    ):
+        small_trainer(freezing={"window": 20, "patience": 2}).train()

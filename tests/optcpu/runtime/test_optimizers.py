@@ -5,12 +5,13 @@ from typing import Any
 import pytest
 import torch
 from torch import nn
-from training import small_trainer
+from training import small_model, small_trainer
 
 import optcpu
-from optcpu import Lamb, Lookahead
+from optcpu import Lamb, Lookahead, Trainer
 from optcpu.cpu import capabilities
 from optcpu.optim import SGD, AdamW
+from optcpu.runtime import Callback
 from optcpu.runtime.optimizers import make_optimizer
 from optcpu.runtime.options import OptimizerOptions
 
@@ -79,3 +80,58 @@ def test_the_state_is_bf16_where_products_are() -> None:
 def test_another_dtype_is_refused() -> None:
     with pytest.raises(ValueError, match="state_dtype must be"):
         small_trainer(state_dtype=torch.float16)
+
+
+class _Momentum(torch.optim.Optimizer):
+    """Momentum in a dtype of its own, a counter, and a mask in a list."""
+
+    def __init__(self, parameters: Any, dtype: torch.dtype) -> None:
+        super().__init__(parameters, {"lr": 0.05})
+        self.dtype = dtype
+
+    @torch.no_grad()
+    def step(self, closure: Any = None) -> None:
+        for parameter in self.param_groups[0]["params"]:
+            state = self.state[parameter]
+            if not state:
+                state["momentum"] = torch.zeros_like(parameter, dtype=self.dtype)
+                state["count"] = torch.zeros((), dtype=torch.int64)
+                state["masks"] = [torch.ones_like(parameter, dtype=torch.bool)]
+            state["count"] += 1
+            state["masks"][0] &= parameter.grad != 0
+            state["momentum"].mul_(0.9).add_(parameter.grad)
+            parameter.sub_(state["momentum"] * state["masks"][0] * self.param_groups[0]["lr"])
+
+
+@pytest.mark.parametrize("around", [False, True])
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16, torch.float16])
+def test_a_resumed_optimizer_keeps_the_dtypes_of_its_state(
+    dtype: torch.dtype, around: bool, tmp_path: Any
+) -> None:
+    class Stops(Callback):
+        def on_step_end(self, trainer: Trainer, metrics: dict[str, float]) -> None:
+            trainer.stop()
+
+    def run(folder: str, *callbacks: Callback) -> nn.Module:
+        model = small_model()
+        optimizer: Any = _Momentum(model.parameters(), dtype)
+        optimizer = Lookahead(optimizer, k=2) if around else optimizer
+        checkpoints = {"folder": tmp_path / folder, "every_steps": 1}
+        small_trainer(
+            model, optimizer=optimizer, lr=None, checkpoints=checkpoints, callbacks=callbacks
+        ).train()
+        return model
+
+    whole = run("whole")
+    for _ in range(5):
+        resumed = run("stopped", Stops())
+    for one, other in zip(whole.parameters(), resumed.parameters(), strict=True):
+        assert torch.equal(one, other)
+
+
+def test_an_optimizer_without_a_learning_rate_is_refused() -> None:
+    model = small_model()
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    del optimizer.param_groups[0]["lr"]
+    with pytest.raises(ValueError, match=r"a group of the SGD has no 'lr'.*give each group one"):
+        small_trainer(model, optimizer=optimizer, lr=None)

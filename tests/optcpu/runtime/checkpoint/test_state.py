@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import struct
 import types
-from collections import Counter, OrderedDict, defaultdict, namedtuple
+from collections import Counter, OrderedDict, defaultdict, deque, namedtuple
 from typing import Any
 
 import numpy as np
@@ -47,6 +47,8 @@ def bits(value: Any) -> Any:
     kind = type(value)
     if isinstance(value, dict):
         return kind, [(bits(key), bits(entry)) for key, entry in value.items()]
+    if kind is deque:
+        return kind, value.maxlen, bits(list(value))
     if kind in (list, tuple):
         return kind, [bits(item) for item in value]
     if kind is float:
@@ -152,7 +154,10 @@ def test_nested_state(state: Any) -> None:
         np.zeros((0, 3)),
         Counter({3: 1, 7: 2}),  # MultiStepLR keeps its milestones so
         {(0, 1): {0: "a", -1: "b"}, ((1, 2), "x"): None},
-        {1: "int", "1": "str"},
+        {1: "int", "1": "str", 1.5: "float", float("inf"): "infinity"},
+        deque([1.0, torch.ones(2)], maxlen=3),
+        deque(),
+        {"kept in": torch.bfloat16},
         "a\ud800b",
         {"\udcff": torch.ones(2)},
     ],
@@ -262,7 +267,7 @@ ITSELF.append(ITSELF)
         ({"a": torch.ones(2).as_subclass(Tagged)}, r"^a is a Tagged"),
         ({"a": torch.ones(2, 2).to_sparse()}, r"^a is a tensor on cpu \(torch\.sparse_coo\)"),
         ({"a": torch.ones(2, device="meta")}, r"^a is a tensor on meta"),
-        ({"a": {1.5: 0}}, r"^a has the key 1\.5, a float; a checkpoint holds dicts whose keys"),
+        ({"a": {b"1": 0}}, r"^a has the key b'1', a bytes; a checkpoint holds dicts whose keys"),
         ({"a": {True: 0}}, r"^a has the key True, a bool"),
         ({"a": {(1, None): 0}}, r"^a has the key \(1, None\), a tuple"),
         (
