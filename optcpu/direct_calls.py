@@ -9,6 +9,7 @@ from unittest import mock
 import torch
 from torch._inductor import ir
 from torch._inductor.codegen.wrapper import PythonWrapperCodegen
+from torch._inductor.virtualized import V
 
 from passes import call_sites
 
@@ -26,7 +27,8 @@ def fused_operators_called_directly() -> Iterator[None]:
 
     def generate_with_site(wrapper: PythonWrapperCodegen, node: ir.FallbackKernel) -> None:
         operator = _fused_operator(node)
-        if operator in call_sites.DIRECT and _has_fixed_sizes(node):
+        is_python = not V.graph.cpp_wrapper
+        if is_python and operator in call_sites.DIRECT and _has_fixed_sizes(node):
             site = f"call_{operator}_{wrapper.next_kernel_suffix()}"
             wrapper.define_kernel(site, _MADE.format(operator), gpu=False)
             node.python_kernel_name = site

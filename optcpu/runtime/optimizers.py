@@ -78,28 +78,34 @@ def load_state(optimizer: Optimizer, saved: dict[str, Any]) -> None:
     """``optimizer.load_state_dict(saved)``, but the state keeps the dtypes that it had.
 
     PyTorch brings all but a ``"step"`` to the dtype of the parameter: momentum in FP64 or BF16, counters
-    and masks would go on as something else.
+    and masks would go on as something else. What an optimizer brings to other dtypes itself stays so.
     """
     optimizer.load_state_dict(saved)
     inner = optimizer.optimizer if isinstance(optimizer, Lookahead) else optimizer
-    if isinstance(inner, StoredOptimizer):  # has its own
-        return
+    state, groups = saved.get("state"), saved.get("param_groups")
+    if isinstance(inner, StoredOptimizer) or not isinstance(state, dict) or groups is None:
+        return  # which have formats of their own
     parameters = [p for group in inner.param_groups for p in group["params"]]
-    places = [place for group in saved["param_groups"] for place in group["params"]]
-    for place, parameter in zip(places, parameters, strict=True):
-        if place in saved["state"] and parameter in inner.state:
-            inner.state[parameter] = _in_its_dtype(inner.state[parameter], saved["state"][place])
+    places = [place for group in groups for place in group["params"]]
+    for place, parameter in zip(places, parameters, strict=False):
+        if place in state and parameter in inner.state:
+            inner.state[parameter] = _in_its_dtype(
+                inner.state[parameter], state[place], parameter.dtype
+            )
 
 
-def _in_its_dtype(loaded: Any, saved: Any) -> Any:
-    """``loaded``, with tensors as ``saved`` wherever they have other dtypes there."""
+def _in_its_dtype(loaded: Any, saved: Any, brought_to: torch.dtype) -> Any:
+    """``loaded``, with tensors as ``saved`` where they were brought to another dtype."""
     if isinstance(loaded, Tensor) and isinstance(saved, Tensor):
-        return loaded if loaded.dtype == saved.dtype else saved.clone()
+        is_as_it_was = loaded.dtype == saved.dtype or loaded.dtype != brought_to
+        return loaded if is_as_it_was else saved.clone()
     if isinstance(loaded, dict) and isinstance(saved, dict):
         for name in loaded.keys() & saved.keys():
-            loaded[name] = _in_its_dtype(loaded[name], saved[name])
-    elif type(loaded) is list and type(saved) is list and len(loaded) == len(saved):
-        loaded[:] = map(_in_its_dtype, loaded, saved)
+            loaded[name] = _in_its_dtype(loaded[name], saved[name], brought_to)
+    elif type(loaded) is list and type(saved) is list:
+        loaded[:] = [
+            _in_its_dtype(one, other, brought_to) for one, other in zip(loaded, saved, strict=True)
+        ]
     return loaded
 
 
