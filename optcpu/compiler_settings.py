@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable
 from typing import Any
 
@@ -25,6 +26,34 @@ def with_sizes_apart(call: Callable[..., Any]) -> Callable[..., Any]:
     then on: what a step computes, to the bit, would depend on the batches that a process has seen.
     """
     return _with(shape_config, "use_duck_shape", False, call)
+
+
+class _FailuresOfFakeTensors(logging.Filter):
+    """Leaves out what PyTorch logs of an operator that fails while a graph is captured.
+
+    Attributes:
+        hidden: whether it does.
+    """
+
+    hidden = False
+
+    def filter(self, record: logging.LogRecord) -> bool:
+        """Whether the record is kept."""
+        return not (
+            self.hidden and str(record.msg).startswith("failed while attempting to run meta")
+        )
+
+
+_failures = _FailuresOfFakeTensors()
+logging.getLogger("torch._subclasses.fake_tensor").addFilter(_failures)
+
+
+def with_errors_told_once(call: Callable[..., Any]) -> Callable[..., Any]:
+    """``call``, in which an operator that cannot be done raises its error, and logs no traceback before.
+
+    An input of the wrong shape would be told of in twenty lines of PyTorch's own code.
+    """
+    return _with(_failures, "hidden", True, call)
 
 
 def _with(config: Any, name: str, value: object, call: Callable[..., Any]) -> Callable[..., Any]:

@@ -18,7 +18,11 @@ import passes as p
 from optcpu import cpp_ahead
 from optcpu.backend import Backend
 from optcpu.checks import check_flag, check_model, checked_share
-from optcpu.compiler_settings import with_hooks_guarded, with_sizes_apart
+from optcpu.compiler_settings import (
+    with_errors_told_once,
+    with_hooks_guarded,
+    with_sizes_apart,
+)
 from optcpu.cpu import capabilities
 from optcpu.errors import OptcpuError, warn
 from optcpu.hooks import hooks_of, hooks_of_all_modules, hooks_registered
@@ -278,8 +282,8 @@ class CompiledCall:
         compiled = torch.compile(
             _own_frame(self._eager), backend=self.backend, dynamic=self.settings.dynamic
         )
-        self._compiled: Callable[..., Any] = with_recurrent_layers(
-            compiled, self._model, self.settings.precision
+        self._compiled: Callable[..., Any] = with_errors_told_once(
+            with_recurrent_layers(compiled, self._model, self.settings.precision)
         )
         if self._guards_hooks:
             self._compiled = with_hooks_guarded(self._compiled)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import logging
+
 import pytest
 import torch
 from torch import nn
@@ -42,3 +44,22 @@ def test_a_batch_as_large_as_the_features_is_one_of_many() -> None:
         model(torch.randn(size, 16)).sum().backward()
         regions.append(call.record.regions)
     assert regions == [1, 1, 1, 1]
+
+
+def test_an_input_of_the_wrong_shape_is_told_of_once() -> None:
+    logged: list[logging.LogRecord] = []
+    handler = logging.Handler()
+    handler.emit = logged.append  # type: ignore[method-assign]
+    logger = logging.getLogger("torch._subclasses.fake_tensor")
+    logger.addHandler(handler)
+    try:
+        model = nn.Sequential(nn.Linear(8, 16), nn.ReLU(), nn.Linear(16, 3))
+        optcpu.optimize(model, precision="fp32")
+        with pytest.raises(RuntimeError, match="cannot be multiplied"):
+            model(torch.randn(4, 9))
+        assert not logged
+        with pytest.raises(RuntimeError):  # what is not ours is told as ever
+            torch.compile(nn.Linear(8, 16), backend="eager")(torch.randn(4, 9))
+        assert logged
+    finally:
+        logger.removeHandler(handler)
