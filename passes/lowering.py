@@ -5,16 +5,17 @@ microseconds, the call costs more than a faster kernel gains, and generated code
 activation and residual together with their neighbours. What is small, :func:`passes.gemm.is_small`
 says; where a size is symbolic, the size that was seen first decides.
 
-A large product stays a call. In FP32 the libraries fuse nothing with it but what follows in the forward:
-the other operators would be products and kernels for the rest, so the rest is left to generated code (7 %
-of a step of a small vision transformer).
+A large product stays a call. But the libraries fuse nothing with it that comes before it in the backward,
+nor keep what went into an activation, and in FP32 add nothing: such operators would be products and kernels
+for the rest, so the rest is left to generated code (7 % of a step of a small vision transformer).
 
 Before::
 
     y = optcpu.linear(x, w, bias, "relu")
     dx, dw, db = optcpu.linear_backward(dy, y, x, w, "relu", True, float32)
 
-After, where the products are small (else ``y`` stays as it is, and ``mm`` is ``optcpu.mm``)::
+After, where the products are small (else ``y`` stays as it is, and ``mm`` is ``optcpu.mm``, or an
+``optcpu.linear_backward`` of ``g`` alone where it makes FP32 of BF16)::
 
     y = relu(addmm(bias, x, permute(w, [1, 0])))
     g = threshold_backward(dy, y, 0)
@@ -70,7 +71,7 @@ def expand_products(graph: fx.Graph) -> int:
     """Write out the fused operators that do not pay; return how many there were."""
     fired = 0
     for node in calls(graph, *_PRODUCT_EXPANSIONS):
-        if _is_small(node) or _is_only_products(node):
+        if _is_small(node) or _has_kernels_apart(node):
             with graph.inserting_before(node):
                 _replace(node, _PRODUCT_EXPANSIONS[node.target](node, *node.args))
             fired += 1
@@ -78,9 +79,13 @@ def expand_products(graph: fx.Graph) -> int:
     return fired
 
 
-def _is_only_products(node: fx.Node) -> bool:
-    """Whether what the operator does besides its products would be kernels of their own."""
-    return node.target in _ONLY_PRODUCTS_IN_FP32 and value(node.args[0]).dtype == torch.float32
+def _has_kernels_apart(node: fx.Node) -> bool:
+    """Whether the operator would call kernels of their own for what it does besides its products."""
+    is_fp32 = value(node.args[0]).dtype == torch.float32
+    if node.target is ops.linear_backward:
+        has_more_than_products = node.args[1] is not None or bool(node.args[5])
+        return is_fp32 or has_more_than_products
+    return node.target is ops.linear_saving_input or (is_fp32 and node.target is ops.linear_add)
 
 
 def _is_small(node: fx.Node) -> bool:
@@ -170,8 +175,15 @@ def _linear_backward(
             *threshold,
             **dict(rule.arguments),
         )
-    x_gradient = None if weight is None else _mm(node, gradient, weight)
-    weight_gradient = _mm(node, _transposed(node, gradient), x)
+    x_gradient: fx.Node | None
+    if _is_small(node) or value(gradient).dtype == torch.float32:
+        x_gradient = None if weight is None else _mm(node, gradient, weight)
+        weight_gradient = _mm(node, _transposed(node, gradient), x)
+    else:
+        both = emit(
+            node, ops.linear_backward, gradient, None, x, weight, "none", False, weight_dtype
+        )
+        x_gradient, weight_gradient = (emit(node, operator.getitem, both, i) for i in range(2))
     bias_gradient = None
     if needs_bias:
         total = emit(node, aten.sum.dim_IntList, cast(node, gradient, torch.float32), [0])
@@ -186,8 +198,6 @@ _PRODUCT_EXPANSIONS: dict[Any, Callable[..., fx.Node | list[fx.Node | None]]] = 
     ops.linear_add: _linear_add,
     ops.linear_backward: _linear_backward,
 }
-
-_ONLY_PRODUCTS_IN_FP32 = (ops.linear_saving_input, ops.linear_add, ops.linear_backward)
 
 _TIMES_WEIGHT = (ops.linear_op, ops.linear_saving_input, ops.linear_add)  # of shape (N, K)
 
