@@ -242,7 +242,11 @@ def make_freezer(
     if given is None:
         assert options.freezing is not None
         settings = options.freezing.model_dump()
-        _check_that_it_can_freeze(options.freezing, total_steps)
+        if options.freezing.payback and total_steps is None:
+            warn(
+                "the length of the run is not known, so blocks will be frozen whether that pays back or "
+                "not. Remedy: steps instead of epochs, data with a length, or freezing.payback=False"
+            )
         total_steps = total_steps if settings.pop("payback") else None
         return DynamicFreezer(model, optimizer, total_steps=total_steps, **settings)
     if options.freezing is not None:
@@ -253,8 +257,12 @@ def make_freezer(
     return made
 
 
-def _check_that_it_can_freeze(freezing: FreezingOptions, total_steps: int | None) -> None:
-    """Warn where the run ends before the first decision that could freeze something."""
+def warn_if_it_ends_before_a_freeze(
+    freezing: FreezingOptions | None, total_steps: int | None
+) -> None:
+    """Warn where a run that begins ends before the first decision that could freeze something."""
+    if freezing is None:
+        return
     # The first window has none before it to be compared with.
     first = (freezing.patience + 1) * freezing.window
     if total_steps is not None and first >= total_steps:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import inspect
 from collections.abc import Iterable, Mapping
 from typing import Any
@@ -95,18 +96,18 @@ def load_state(optimizer: Optimizer, saved: dict[str, Any]) -> None:
 
 
 def _in_its_dtype(loaded: Any, saved: Any, brought_to: torch.dtype) -> Any:
-    """``loaded``, with tensors as ``saved`` where they were brought to another dtype."""
+    """``loaded``, with tensors as ``saved`` where they were brought to another dtype.
+
+    So are containers other than dicts: PyTorch makes them anew from their items alone.
+    """
     if isinstance(loaded, Tensor) and isinstance(saved, Tensor):
         is_as_it_was = loaded.dtype == saved.dtype or loaded.dtype != brought_to
         return loaded if is_as_it_was else saved.clone()
     if isinstance(loaded, dict) and isinstance(saved, dict):
         for name in loaded.keys() & saved.keys():
             loaded[name] = _in_its_dtype(loaded[name], saved[name], brought_to)
-    elif type(loaded) is list and type(saved) is list:
-        loaded[:] = [
-            _in_its_dtype(one, other, brought_to) for one, other in zip(loaded, saved, strict=True)
-        ]
-    return loaded
+        return loaded
+    return copy.deepcopy(saved) if isinstance(saved, Iterable) else loaded
 
 
 def check_local_steps(optimizer: Optimizer, local_steps: int | None) -> None:

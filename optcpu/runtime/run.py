@@ -292,12 +292,14 @@ class Run:
         """What follows the length of the run follows the one that it has now."""
         feed = self.feed
         left = 0 if feed.length is None else feed.length - feed.batches_done
+        freezer, before = self.freezer, self.plan.total
         self.plan = self.plan.after(state, self.position.step, self.position.epoch, left)
         if isinstance(self.scheduler, Schedule):
             self.scheduler.end_at(self.plan.total)
         self._refuse_a_short_scheduler()
-        if self.freezer is not None and self.freezer.total_steps is not None:
-            self.freezer.total_steps = self.plan.total
+        # A user's own freezer may count on another length.
+        if freezer is not None and None is not before == freezer.total_steps:
+            freezer.total_steps = self.plan.total or before
 
     def _refuse_a_short_scheduler(self) -> None:
         """One of PyTorch goes on as the checkpoint has it, whatever its length is to be now."""

@@ -26,6 +26,7 @@ from optcpu.runtime.build import (
     make_freezer,
     make_scheduler,
     threads_for,
+    warn_if_it_ends_before_a_freeze,
 )
 from optcpu.runtime.callbacks import Callback
 from optcpu.runtime.checkpoint.folder import CheckpointFolder
@@ -248,8 +249,8 @@ class Trainer:
     def train(self) -> TrainingResult:
         """Train to the end, or go on from the newest checkpoint to the end.
 
-        SIGINT (Ctrl-C), SIGTERM and :meth:`stop` end it after the micro-batch at work (with ``local_steps``
-        in several processes: when all meet), with a checkpoint.
+        SIGINT (Ctrl-C), SIGTERM and :meth:`stop` end it after the micro-batch at work (in several
+        processes: after the step, and with ``local_steps`` when all meet), with a checkpoint.
         Called again, it goes on from there, also without checkpoints.
 
         Raises:
@@ -289,6 +290,7 @@ class Trainer:
                     "optimizer and trainer anew; checkpoints='folder' keeps what is trained"
                 )
             if saved is None:
+                warn_if_it_ends_before_a_freeze(options.freezing, run.plan.total)
                 self._share_weights()
                 self._seed()
             else:

@@ -260,7 +260,7 @@ class Feed:
         Args:
             count: of batches.
             before: what :meth:`state_dict` gives now, if the caller has it already.
-            interrupted: asked behind each batch but the last.
+            interrupted: asked behind each batch but the last, where the data can be gone through again.
 
         Raises:
             Interrupted: it said so; the caller has to put back what was taken.
@@ -275,7 +275,8 @@ class Feed:
             while len(taken) < count and (batch := self._next()) is not _END:
                 self.repeated += [len(taken)] if self._source.passed() else []
                 taken.append(batch)
-                if len(taken) < count and interrupted():
+                # What an iterator has given cannot be put back.
+                if len(taken) < count and not self._once and interrupted():
                     raise Interrupted
         except Interrupted:
             raise

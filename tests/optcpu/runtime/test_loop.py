@@ -906,3 +906,22 @@ def test_freezing_that_cannot_come_before_the_end_is_told() -> None:
         UserWarning, match=r"freezing has no effect.*behind step 60.* has 4\. Remedy"
     ):
         small_trainer(freezing={"window": 20, "patience": 2}).train()
+
+
+def test_a_stop_loses_nothing_of_data_that_come_once() -> None:
+    def batches(stop_at: int | None) -> Iterator[Any]:
+        for number in range(30):
+            if number == stop_at:
+                trainer.stop()
+            generator = torch.Generator().manual_seed(number)
+            inputs = torch.randn(4, FEATURES, generator=generator)
+            yield inputs, torch.randint(CLASSES, (4,), generator=generator)
+
+    ends = []
+    for stop_at in (None, 7):  # within the third step
+        model = small_model()
+        trainer = small_trainer(model, batches(stop_at), steps=8, accumulation_steps=3)
+        while trainer.train().stopped_by is not None:
+            pass
+        ends.append(model[0].weight)
+    assert torch.equal(*ends)

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+from collections import deque
 from typing import Any
 
 import pytest
@@ -83,7 +84,7 @@ def test_another_dtype_is_refused() -> None:
 
 
 class _Momentum(torch.optim.Optimizer):
-    """Momentum in a dtype of its own, a counter, and a mask in a list."""
+    """Momentum in a dtype of its own, a counter, masks in a list, a few gradients, and a word."""
 
     def __init__(self, parameters: Any, dtype: torch.dtype) -> None:
         super().__init__(parameters, {"lr": 0.05})
@@ -97,9 +98,14 @@ class _Momentum(torch.optim.Optimizer):
                 state["momentum"] = torch.zeros_like(parameter, dtype=self.dtype)
                 state["count"] = torch.zeros((), dtype=torch.int64)
                 state["masks"] = [torch.ones_like(parameter, dtype=torch.bool)]
+                state["last"] = deque(maxlen=2)
+                state["pair"] = (torch.zeros((), dtype=torch.float64), "warm")
             state["count"] += 1
             state["masks"][0] &= parameter.grad != 0
-            state["momentum"].mul_(0.9).add_(parameter.grad)
+            state["last"].append(parameter.grad.double())
+            state["pair"] = (state["pair"][0] + 1 / 3, state["pair"][1])
+            assert state["pair"][1] == "warm"
+            state["momentum"].mul_(0.9).add_(sum(state["last"]) / state["pair"][0])
             parameter.sub_(state["momentum"] * state["masks"][0] * self.param_groups[0]["lr"])
 
 
