@@ -99,7 +99,7 @@ def _inspection(
     written_out = sum(graph.written_out for graph in observation.record.graphs)
     if written_out:
         notes.append(
-            f"{written_out} of the fused operators are small, or fuse nothing in FP32: behind the final "
+            f"{written_out} of the fused operators are small, or no library fuses them: behind the final "
             "graphs they are written out in parts, since a call would cost more than it gains."
         )
     blocks = [

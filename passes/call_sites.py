@@ -44,9 +44,8 @@ class CallSite:
         present = _circumstances()
         if self._settled_for == present:
             return self._run(*arguments)
-        result = self._implementation(
-            *arguments
-        )  # chooses kernels for what nobody has multiplied before
+        # It chooses kernels for what nobody has multiplied before.
+        result = self._implementation(*arguments)
         # In BF16 weights may be kept packed, and which copy is multiplied can differ from call to call.
         settles = arguments[0].dtype == torch.float32 and not packed.any_kept()
         self._run = self._settle(*arguments) if settles else self._implementation
@@ -83,9 +82,8 @@ def _linear_backward(
     if saved is not None:  # may be laid out otherwise
         gradient = ops.activation_backward(gradient, saved, activation)
     for_weight = _mm(gradient.t(), x)
-    for_input = (
-        for_weight if weight is None else _mm(gradient, weight)
-    )  # not called without a weight
+    # Without a weight it is not called.
+    for_input = for_weight if weight is None else _mm(gradient, weight)
     return functools.partial(ops.linear_backward_by, for_input, for_weight)
 
 

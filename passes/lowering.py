@@ -15,7 +15,7 @@ Before::
     dx, dw, db = optcpu.linear_backward(dy, y, x, w, "relu", True, float32)
 
 After, where the products are small (else ``y`` stays as it is, and ``mm`` is ``optcpu.mm``, or an
-``optcpu.linear_backward`` of ``g`` alone where it makes FP32 of BF16)::
+``optcpu.linear_backward`` of ``g`` alone in BF16, which gives an FP32 ``dw``)::
 
     y = relu(addmm(bias, x, permute(w, [1, 0])))
     g = threshold_backward(dy, y, 0)

@@ -157,11 +157,9 @@ def kernel_of_linear(
         rows, columns = a.shape[0], b.shape[1]
         part = (a, b.t(), None if bias is None else bias[:columns])
         if residual is None:
-            ways = {name: functools.partial(linear_by, name, *part, activation) for name in names}
-        else:
-            last = residual[:rows, :columns].contiguous()
-            ways = {name: functools.partial(linear_add_by, name, *part, last) for name in names}
-        return dict(ways)
+            return {name: functools.partial(linear_by, name, *part, activation) for name in names}
+        last = residual[:rows, :columns].contiguous()
+        return {name: functools.partial(linear_add_by, name, *part, last) for name in names}
 
     names = kernels(x.dtype)
     following = {

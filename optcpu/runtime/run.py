@@ -298,7 +298,7 @@ class Run:
             self.scheduler.end_at(self.plan.total)
         self._refuse_a_short_scheduler()
         # A user's own freezer may count on another length.
-        if freezer is not None and None is not before == freezer.total_steps:
+        if freezer is not None and before is not None and freezer.total_steps == before:
             freezer.total_steps = self.plan.total or before
 
     def _refuse_a_short_scheduler(self) -> None:
