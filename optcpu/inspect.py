@@ -13,11 +13,12 @@ from torch.utils._pytree import tree_flatten_with_path
 
 import passes as p
 from optcpu.checks import check_model
+from optcpu.compiled_call import Settings, compiled_call
 from optcpu.inspection.build import modules_of, regions_of
 from optcpu.inspection.result import Inspection
 from optcpu.inspection.run import Observation, observe
 from optcpu.layout import layouts
-from optcpu.optimize import Settings, compiled_call, unwrapped
+from optcpu.optimize import unwrapped
 from optcpu.pipeline import Pipeline, default_passes, resolve_precision
 from optcpu.record import Fallback
 from passes.base import Rewrite

@@ -10,9 +10,9 @@ import torch
 from torch import Tensor, nn
 
 import optcpu
+from optcpu.compiled_call import compiled_call
 from optcpu.cpu import capabilities
 from optcpu.layout import ipex
-from optcpu.optimize import compiled_call
 from optcpu.recurrent import runs_eagerly_in_part
 from passes.recurrent_steps import kernel_available
 from tests.families import FAMILIES, Family, Inputs, loss_of, tensors_of

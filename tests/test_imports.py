@@ -44,6 +44,7 @@ LAYERS: tuple[tuple[str, ...], ...] = (
     ),
     ("optcpu.code_generation", "optcpu.inductor_hooks", "optcpu.pipeline"),
     ("optcpu.backend", "optcpu.takeover"),
+    ("optcpu.compiled_call",),
     ("optcpu.optimize",),
     ("optcpu.measure", "optcpu.inspection"),
     ("optcpu.compare", "optcpu.inspect", "optcpu.workloads", "optcpu.doctor", "optcpu.runtime"),

@@ -19,10 +19,10 @@ from torch._dynamo import config as dynamo_config
 from torch.utils._pytree import tree_map
 
 from optcpu.backend import Backend
+from optcpu.compiled_call import Settings, own_frame
 from optcpu.errors import FallbackWarning
 from optcpu.inspection.breaks import BreakLog
 from optcpu.inspection.model import GraphBreak
-from optcpu.optimize import Settings, _own_frame
 from optcpu.random_state import random_state_kept
 from optcpu.record import Fallback, Record
 from optcpu.recurrent import needs_autocast, with_recurrent_layers
@@ -102,7 +102,7 @@ def _run(
         activation_memory=settings.activation_memory,
         codegen=codegen,
     )
-    frame = _own_frame(call.model._call_impl)
+    frame = own_frame(call.model._call_impl)
     # Dynamo remembers by file, line and name which sizes have varied between calls.
     frame.__code__ = frame.__code__.replace(co_name=f"inspect_{secrets.token_hex(8)}")
     compiled: Callable[..., Any] = torch.compile(

@@ -13,13 +13,14 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler, ReduceLROnPlateau
 
+from optcpu.compiled_call import Settings, compiled_call
 from optcpu.cpu import capabilities
 from optcpu.errors import OptcpuError, warn
 from optcpu.layout import expect_products
 from optcpu.optim import Lookahead
 from optcpu.optim.convert import why_not
 from optcpu.optim.weights import StoredWeight
-from optcpu.optimize import Settings, compiled_call, optimize
+from optcpu.optimize import optimize
 from optcpu.pipeline import Pipeline, resolve_precision
 from optcpu.runtime.callbacks import Callback
 from optcpu.runtime.data.loading import is_dataset

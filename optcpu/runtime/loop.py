@@ -9,9 +9,9 @@ from typing import Any, cast
 import torch
 from torch.optim.lr_scheduler import ReduceLROnPlateau
 
+from optcpu.compiled_call import compiled_call
 from optcpu.errors import OptcpuError, warn
 from optcpu.measure.batches import Batch, signature
-from optcpu.optimize import compiled_call
 from optcpu.runtime.checkpoint.folder import CheckpointFolder
 from optcpu.runtime.data.loading import Interrupted
 from optcpu.runtime.display import Display

@@ -7,8 +7,8 @@ from typing import TypeAlias
 
 from torch import Tensor, nn
 
+from optcpu.compiled_call import compiled_call
 from optcpu.measure.batches import Batch, Loss, call_model
-from optcpu.optimize import compiled_call
 from optcpu.recurrent import runs_eagerly_in_part
 
 Objective: TypeAlias = Callable[[Batch], Tensor]

@@ -11,9 +11,9 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
+from optcpu.compiled_call import compiled_call
 from optcpu.optim import SGD, Adam, AdamW, Lamb, Lookahead
 from optcpu.optim.base import StoredOptimizer
-from optcpu.optimize import compiled_call
 from optcpu.pipeline import resolve_precision
 from optcpu.runtime.options import OptimizerOptions, TrainerOptions
 from optcpu.takeover import resolve_state_dtype

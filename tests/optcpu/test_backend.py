@@ -17,7 +17,7 @@ from torch._inductor import ir
 import optcpu
 import passes
 from optcpu.backend import Backend
-from optcpu.optimize import compiled_call
+from optcpu.compiled_call import compiled_call
 from optcpu.pipeline import Pipeline, default_passes
 from optcpu.record import Record
 

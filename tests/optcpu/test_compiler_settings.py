@@ -10,8 +10,8 @@ from torch import nn
 from torch.fx.experimental import _config as shape_config
 
 import optcpu
+from optcpu.compiled_call import compiled_call
 from optcpu.compiler_settings import with_hooks_guarded, with_sizes_apart
-from optcpu.optimize import compiled_call
 
 
 def test_settings_are_put_back() -> None:

@@ -12,8 +12,8 @@ from torch import Tensor, nn
 
 import optcpu
 from optcpu import composites
+from optcpu.compiled_call import compiled_call
 from optcpu.layout import ipex
-from optcpu.optimize import compiled_call
 
 
 def with_group_norm() -> nn.Sequential:

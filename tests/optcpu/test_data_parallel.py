@@ -17,9 +17,9 @@ from torch.nn import functional as F
 from torch.nn.parallel import DistributedDataParallel
 
 import optcpu
+from optcpu.compiled_call import compiled_call
 from optcpu.errors import OptcpuError
 from optcpu.optim.weights import StoredWeight
-from optcpu.optimize import compiled_call
 
 
 @pytest.fixture

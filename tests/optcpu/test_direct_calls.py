@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 import optcpu
-from optcpu.optimize import compiled_call
+from optcpu.compiled_call import compiled_call
 from passes.call_sites import CallSite
 
 

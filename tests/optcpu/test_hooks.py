@@ -15,8 +15,8 @@ from torch.utils.hooks import RemovableHandle
 from torch.utils.module_tracker import ModuleTracker
 
 import optcpu
+from optcpu.compiled_call import compiled_call
 from optcpu.hooks import hooks_of, hooks_of_all_modules
-from optcpu.optimize import compiled_call
 
 Results = list[Tensor | None]
 

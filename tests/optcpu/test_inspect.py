@@ -18,8 +18,8 @@ import torch.nn.functional as F
 from torch import Tensor, fx, nn
 
 import optcpu
+from optcpu.compiled_call import CompiledCall, Settings, compiled_call
 from optcpu.inspect import Inspection, inspect
-from optcpu.optimize import CompiledCall, Settings, compiled_call
 from optcpu.pipeline import Pipeline, default_passes
 from optcpu.record import Record
 from passes import Canonicalize

@@ -12,7 +12,7 @@ from torch import Tensor, fx, nn
 from torch.nn import functional
 
 import optcpu
-from optcpu.optimize import compiled_call
+from optcpu.compiled_call import compiled_call
 from optcpu.pipeline import resolve_precision
 
 

@@ -13,8 +13,8 @@ from torch.utils.checkpoint import checkpoint
 
 import optcpu
 from optcpu import backend
+from optcpu.compiled_call import compiled_call
 from optcpu.errors import CompileError, FallbackWarning
-from optcpu.optimize import compiled_call
 from optcpu.random_numbers import are_made_of_seeds, make_of_seeds
 
 

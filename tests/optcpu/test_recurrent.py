@@ -17,8 +17,8 @@ from torch.fx.experimental.proxy_tensor import make_fx
 from torch.nn.utils.rnn import PackedSequence, pack_sequence
 
 import optcpu
+from optcpu.compiled_call import compiled_call
 from optcpu.errors import CompileError, FallbackWarning
-from optcpu.optimize import compiled_call
 from optcpu.recurrent import is_captured, runs_eagerly_in_part, under_autocast
 from passes import recurrent_steps
 

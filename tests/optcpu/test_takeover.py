@@ -14,11 +14,11 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 import optcpu
+from optcpu.compiled_call import compiled_call
 from optcpu.errors import OptcpuError
 from optcpu.optim import SGD, AdamW, Lamb, Lookahead
 from optcpu.optim.base import StoredOptimizer
 from optcpu.optim.weights import StoredWeight
-from optcpu.optimize import compiled_call
 from optcpu.takeover import widen_gradients
 
 pytestmark = pytest.mark.filterwarnings("ignore:this processor has no BF16")

@@ -8,8 +8,8 @@ import torch
 from torch import nn
 from torch.optim import Optimizer
 
+from optcpu.compiled_call import compiled_call
 from optcpu.optim.lookahead import Lookahead
-from optcpu.optimize import compiled_call
 from optcpu.runtime.freezing.blocks import Block
 
 

@@ -13,9 +13,9 @@ from torch import Tensor, nn
 
 import optcpu
 from optcpu import workloads
+from optcpu.compiled_call import compiled_call
 from optcpu.errors import FallbackWarning
 from optcpu.measure.batches import Batch, default_loss
-from optcpu.optimize import compiled_call
 from optcpu.runtime.objective import is_own, objective
 
 

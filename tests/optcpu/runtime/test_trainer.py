@@ -13,9 +13,9 @@ from training import Losses, assert_equal, small_data, small_model, small_traine
 
 import optcpu
 from optcpu import Trainer
+from optcpu.compiled_call import compiled_call
 from optcpu.errors import OptcpuError
 from optcpu.optim.weights import StoredWeight
-from optcpu.optimize import compiled_call
 from optcpu.runtime import Callback
 
 

@@ -10,8 +10,8 @@ from torch import Tensor, nn
 from torch._dynamo.utils import counters
 
 import optcpu
+from optcpu.compiled_call import compiled_call
 from optcpu.optim import SGD, Lamb, Lookahead
-from optcpu.optimize import compiled_call
 from optcpu.runtime.freezing.effects import compile_anew, freeze, is_compiled, synchronise, unfreeze
 
 pytestmark = [

@@ -17,9 +17,9 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 import optcpu
+from optcpu.compiled_call import compiled_call
 from optcpu.optim import AdamW, Lookahead
 from optcpu.optim.weights import StoredWeight
-from optcpu.optimize import compiled_call
 from optcpu.runtime.freezing.freezer import DynamicFreezer, FreezeEvent
 from tests.families import BY_NAME, loss_of
 
