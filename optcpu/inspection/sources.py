@@ -12,13 +12,13 @@ from traceback import FrameSummary
 import torch
 
 from optcpu.inspection.model import Source
-from optcpu.optimize import optimize
+from optcpu.compiled_call import own_frame
 
 _FRAME = re.compile(r'^ *File "(?P<file>.*)", line (?P<line>\d+), in (?P<function>.*)$')
 _RESUMED = re.compile(r"torch_dynamo_resume_in_(.+)_at_\d+")
 _TORCH = str(Path(torch.__file__).parent)
 # Every compiled call begins in a frame of this file, which is nobody's model.
-_WRAPPER = optimize.__code__.co_filename
+_WRAPPER = own_frame.__code__.co_filename
 
 
 @dataclass(frozen=True)
