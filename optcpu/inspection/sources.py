@@ -11,8 +11,8 @@ from traceback import FrameSummary
 
 import torch
 
-from optcpu.inspection.model import Source
 from optcpu.compiled_call import own_frame
+from optcpu.inspection.model import Source
 
 _FRAME = re.compile(r'^ *File "(?P<file>.*)", line (?P<line>\d+), in (?P<function>.*)$')
 _RESUMED = re.compile(r"torch_dynamo_resume_in_(.+)_at_\d+")
