@@ -169,10 +169,10 @@ class Loop:
         raw: list[Any] = []
         stopped = False
         try:
-            raw = run.feed.take(self._options.accumulation_steps, before["feed"], self._stops_alone)
+            count = self._options.accumulation_steps
+            raw = run.feed.take(count, before["feed"], self._stops_before_a_step)
         except Interrupted:
-            run.put_back(before)
-            raise _DataStopped("the run is to stop") from None
+            stopped = True
         except OptcpuError:
             # A signal to the whole group ends the processes that load the data, too.
             if not self._stop.comes_soon() or self._data_stops == _MOST_DATA_STOPS:
@@ -182,7 +182,7 @@ class Loop:
         if anyone_stopped:
             self._data_stops += 1
             run.put_back(before)
-            raise _DataStopped("the training data have stopped")
+            raise _DataStopped("the run is to stop, and its data have")
         if ready < run.world.size:  # where one has no data left, the epoch is over for all
             self._before = None
             return None
@@ -193,6 +193,10 @@ class Loop:
     def _stops_alone(self) -> bool:
         """Whether the run is to stop, and no other process has to know before this one does."""
         return self._stop.by is not None and self._run.world.size == 1
+
+    def _stops_before_a_step(self) -> bool:
+        """Whether the run is to stop, and no process needs a step for that."""
+        return self._stop.by is not None and self._runner.has_met
 
     def _make(self, step: MicroBatches) -> None:
         run, position = self._run, self._run.position

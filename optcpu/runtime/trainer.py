@@ -249,8 +249,8 @@ class Trainer:
     def train(self) -> TrainingResult:
         """Train to the end, or go on from the newest checkpoint to the end.
 
-        SIGINT (Ctrl-C), SIGTERM and :meth:`stop` end it after the micro-batch at work (in several
-        processes: after the step, and with ``local_steps`` when all meet), with a checkpoint.
+        SIGINT (Ctrl-C), SIGTERM and :meth:`stop` end it after the micro-batch at work, with a checkpoint
+        (in several processes: after the step at work, and with ``local_steps`` when all meet).
         Called again, it goes on from there, also without checkpoints.
 
         Raises:

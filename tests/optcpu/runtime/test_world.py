@@ -73,6 +73,22 @@ if "ENDS" in os.environ:
 
     sampler = torch.utils.data.DistributedSampler(Ends(), 2, int(os.environ["RANK"]))
     data = torch.utils.data.DataLoader(Ends(), batch_size=4, sampler=sampler)
+if "SIGNALS" in os.environ:
+    samples = data
+
+    class Signals(torch.utils.data.Dataset):  # the n-th fetch of one process is when it is told to end
+        fetches = 0
+
+        def __len__(self):
+            return len(samples)
+
+        def __getitem__(self, index):
+            self.fetches += 1
+            if os.environ.get("RANK") == "1" and self.fetches == int(os.environ["SIGNALS"]):
+                os.kill(os.getpid(), 15)
+            return samples[index]
+
+    data = Signals()
 model = torch.nn.Sequential(torch.nn.Linear(6, 8), torch.nn.Tanh(), torch.nn.Linear(8, 3))
 
 class Steep(torch.nn.Module):  # a gradient that is no number, where the loss is one
@@ -498,5 +514,21 @@ def test_a_signal_to_all_that_ends_loading_processes_as_well_is_a_stop(
         checkpoints = {"folder": str(tmp_path / name), "every_steps": 100}
         runs[name, ends], _ = _run(tmp_path, 2, name, checkpoints=checkpoints, **given)
     steps = (fetch - 1) // 4 if local is None else 6  # when they meet
+    assert [one["steps"] for one in runs["on", fetch]] == [steps, steps]
+    assert runs["on", 0][0]["weights"] == runs["whole", 0][0]["weights"]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("fetch", "local", "steps"), [(21, None, 1), (21, 2, 2), (37, 2, 2)])
+def test_a_signal_while_a_step_is_drawn_does_not_wait_for_its_other_batches(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, fetch: int, local: int | None, steps: int
+) -> None:
+    given: dict[str, Any] = {"epochs": 2, "batch_size": 2, "accumulation_steps": 8}
+    given["local_steps"] = local
+    runs = {}
+    for name, signals in (("whole", 0), ("on", fetch), ("on", 0)):
+        monkeypatch.setenv("SIGNALS", str(signals))
+        checkpoints = {"folder": str(tmp_path / name), "every_steps": 100}
+        runs[name, signals], _ = _run(tmp_path, 2, name, checkpoints=checkpoints, **given)
     assert [one["steps"] for one in runs["on", fetch]] == [steps, steps]
     assert runs["on", 0][0]["weights"] == runs["whole", 0][0]["weights"]
