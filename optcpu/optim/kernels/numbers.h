@@ -21,7 +21,8 @@ struct Stored {
 
 enum Format : int32_t { kFloat, kSplit, kStochastic, kNearest };
 
-#define INLINE inline __attribute__((always_inline))
+#define INLINED __attribute__((always_inline))
+#define INLINE inline INLINED
 
 namespace {
 
@@ -61,7 +62,7 @@ INLINE void prefetch(const Stored& from, int64_t start, int64_t size, int64_t ah
 // A group is two vectors, which stay in registers from the first read to the last write.
 constexpr int kVector = 16;
 constexpr int kGroup = 2 * kVector;
-constexpr int64_t kAhead = 128;
+constexpr int64_t kAhead = 512;
 
 using Floats = float __attribute__((vector_size(kVector * sizeof(float))));
 using Bits = uint32_t __attribute__((vector_size(kVector * sizeof(uint32_t))));
@@ -96,6 +97,7 @@ INLINE void store_halves(void* data, Place<kWhole> at, __m512i numbers) {
 }
 
 constexpr uint32_t kUpper = 0xffff0000u;
+constexpr Bits kPlaces = {0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15};
 
 INLINE Bits shifted_up(__m512i halves) { return (Bits)halves << 16; }
 
@@ -168,9 +170,7 @@ INLINE void put(const Stored& to, Place<kWhole> at, Numbers x) {
     store_halves(to.low, at, lower_halves(x));
     x = add_bits(x, Bits{} + 0x8000u, Bits{} + 0x8000u);
   } else if (to.format == kStochastic) {
-    Bits places = Bits{} + uint32_t(at.start / 2);
-    for (int i = 0; i < kVector; i++) places[i] += i;
-    const Bits bits = random_bits(to.seed, places);
+    const Bits bits = random_bits(to.seed, kPlaces + uint32_t(at.start / 2));
     x = add_bits(x, bits & 0xffffu, bits >> 16);
   } else {
     x = {nearest(x.even), nearest(x.odd)};

@@ -183,27 +183,51 @@ INLINE Numbers lamb_update(const Parameter& p, At at, const Numbers& weight) {
   return update;
 }
 
-// body(place) for each group of the `size` numbers from `start` on.
-template <class Body>
-INLINE void for_each_group(int64_t start, int64_t size, const Body& body) {
-  const int64_t end = start + size;
-  for (; start + kGroup <= end; start += kGroup) body(Place<true>{start, kGroup});
-  if (start < end) body(Place<false>{start, end - start});
+// body(p), compiled for these formats, if they are those of p: nothing is asked then number by number.
+template <Format kWeight, Format kGradient, class Body>
+INLINE bool with_formats(const Parameter& p, const Body& body) {
+  const bool fits = p.weight.format == kWeight && p.gradient.format == kGradient &&
+                    p.first.format == kNearest && (!p.second.data || p.second.format == kStochastic);
+  if (!fits || p.maximum.data || p.slow.data) return false;
+  Parameter known = p;
+  known.weight.format = kWeight;
+  known.gradient.format = kGradient;
+  known.first.format = kNearest;
+  known.second.format = kStochastic;
+  known.maximum.data = known.slow.data = nullptr;
+  body(known);
+  return true;
 }
 
-// The sums of the squares of each of numbers_at(place), an array, over a block.
+// body(p, place) for each group of the `size` numbers from `start` on.
+template <class Body>
+INLINE void for_each_group(const Parameter& p, int64_t start, int64_t size, const Body& body) {
+  const int64_t rest = size % kGroup, end = start + size - rest;
+  const auto whole_groups = [&](const Parameter& p) INLINED {
+    for (int64_t at = start; at < end; at += kGroup) body(p, Place<true>{at, kGroup});
+  };
+  // What fills a model whose state is BF16; each takes its time to compile.
+  const bool done = with_formats<kSplit, kNearest>(p, whole_groups) ||
+                    with_formats<kStochastic, kNearest>(p, whole_groups) ||
+                    with_formats<kFloat, kFloat>(p, whole_groups);
+  if (!done) whole_groups(p);
+  if (rest > 0) body(p, Place<false>{end, rest});
+}
+
+// The sums of the squares of each of numbers_at(p, place), an array, over a block.
 template <size_t kSums, class NumbersAt>
-INLINE void sum_squares(int64_t start, int64_t size, double* sums, const NumbersAt& numbers_at) {
+INLINE void sum_squares(const Parameter& p, int64_t start, int64_t size, double* sums,
+                        const NumbersAt& numbers_at) {
   Squares squares[kSums];
   std::fill(sums, sums + kSums, 0);
   const auto add_one_by_one = [&](auto at) {
-    const std::array<Numbers, kSums> x = numbers_at(at);
+    const std::array<Numbers, kSums> x = numbers_at(p, at);
     for (size_t s = 0; s < kSums; s++)
       for (int64_t i = 0; i < at.size(); i++) sums[s] += double(x[s][i]) * x[s][i];
   };
-  for_each_group(start, size, [&](auto at) {
+  for_each_group(p, start, size, [&](const Parameter& p, auto at) INLINED {
     if (at.size() < kGroup) return add_one_by_one(at);
-    const std::array<Numbers, kSums> x = numbers_at(at);
+    const std::array<Numbers, kSums> x = numbers_at(p, at);
     for (size_t s = 0; s < kSums; s++) squares[s].add(x[s]);
   });
   bool overflown = false;
@@ -211,10 +235,9 @@ INLINE void sum_squares(int64_t start, int64_t size, double* sums, const Numbers
     sums[s] += squares[s].total();
     overflown |= std::isinf(sums[s]);  // or a number is infinite itself
   }
-  if (overflown) {
-    std::fill(sums, sums + kSums, 0);
-    for_each_group(start, size, add_one_by_one);
-  }
+  if (!overflown) return;
+  std::fill(sums, sums + kSums, 0);
+  for_each_group(p, start, size, [&](const Parameter&, auto at) { add_one_by_one(at); });
 }
 
 int64_t blocks_of(const Parameter& p) { return (p.size + kBlock - 1) / kBlock; }
@@ -235,14 +258,14 @@ void for_each_block(const Parameter* parameters, int64_t count, const Body& body
   });
 }
 
-// Calls body(parameter, place) for every group of every block, or of_floats(parameter, start,
-// size) for a block that is all FP32.
+// Calls body(parameter, place) for every group of every block, or of_floats(parameter, start, size) for a
+// block that is all FP32.
 template <class OfFloats, class Body>
 void update(const Parameter* parameters, int64_t count, const OfFloats& of_floats, const Body& body) {
   for_each_block(parameters, count,
                  [&](const Parameter& p, int64_t, int64_t, int64_t start, int64_t size) {
                    if (is_all_floats(p)) return of_floats(p, start, size);
-                   for_each_group(start, size, [&](auto at) { body(p, at); });
+                   for_each_group(p, start, size, body);
                  });
 }
 
@@ -268,12 +291,12 @@ std::vector<double> sum_blocks(const Parameter* parameters, int64_t count, const
 
 extern "C" void adam(const Parameter* parameters, int64_t count) {
   update(parameters, count, adam_floats,
-         [](const Parameter& p, auto at) { adam_group(p, at); });
+         [](const Parameter& p, auto at) INLINED { adam_group(p, at); });
 }
 
 extern "C" void sgd(const Parameter* parameters, int64_t count) {
   update(parameters, count, sgd_floats,
-         [](const Parameter& p, auto at) { sgd_group(p, at); });
+         [](const Parameter& p, auto at) INLINED { sgd_group(p, at); });
 }
 
 // The norms need all of a tensor before any of it may change: one pass for the moments and norms, one
@@ -281,12 +304,12 @@ extern "C" void sgd(const Parameter* parameters, int64_t count) {
 extern "C" void lamb(const Parameter* parameters, int64_t count) {
   const auto squares = sum_blocks<2>(
       parameters, count, [](const Parameter& p, int64_t start, int64_t size, double* sums) {
-        for_each_group(start, size, [&](auto at) {
+        for_each_group(p, start, size, [](const Parameter& p, auto at) INLINED {
           const Numbers weight = p.coupled_decay == 0 ? Numbers{} : get(p.weight, at);
           updated_moments(p, at, scaled_gradient(p, at, weight));
         });
         if (p.ratio_limit < 0) return;
-        sum_squares<2>(start, size, sums, [&](auto at) {
+        sum_squares<2>(p, start, size, sums, [](const Parameter& p, auto at) INLINED {
           const Numbers weight = shrunk_weight(p, at);
           return std::array{weight, lamb_update(p, at, weight)};
         });
@@ -301,7 +324,7 @@ extern "C" void lamb(const Parameter* parameters, int64_t count) {
   for_each_block(parameters, count,
                  [&](const Parameter& p, int64_t t, int64_t, int64_t start, int64_t size) {
                    const float factor = scale[t];
-                   for_each_group(start, size, [&](auto at) {
+                   for_each_group(p, start, size, [&](const Parameter& p, auto at) INLINED {
                      Numbers weight = shrunk_weight(p, at);
                      const Numbers step = lamb_update(p, at, weight);
                      each([&](auto& w, auto u) { w -= factor * u; }, weight, step);
@@ -314,7 +337,9 @@ extern "C" void lamb(const Parameter* parameters, int64_t count) {
 extern "C" double gradient_squares(const Parameter* parameters, int64_t count) {
   const auto squares = sum_blocks<1>(
       parameters, count, [](const Parameter& p, int64_t start, int64_t size, double* sums) {
-        sum_squares<1>(start, size, sums, [&](auto at) { return std::array{get(p.gradient, at)}; });
+        sum_squares<1>(p, start, size, sums, [](const Parameter& p, auto at) INLINED {
+          return std::array{get(p.gradient, at)};
+        });
       });
   double total = 0;
   for (double square : squares) total += square;
