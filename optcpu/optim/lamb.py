@@ -122,7 +122,8 @@ class Lamb(StoredOptimizer):
         super().__setstate__(state)
         for group in self.param_groups:  # a checkpoint of Adam knows some of the options only
             for name, value in self.defaults.items():
-                group.setdefault(name, value)
+                if name != "differentiable":  # which PyTorch has just added
+                    group.setdefault(name, value)
 
     def __getstate__(self) -> dict[str, Any]:
         return {**super().__getstate__(), "max_grad_norm": self.max_grad_norm}

@@ -9,16 +9,24 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
+import torch
+
 PHASES = ("data", "step", "compile", "validation", "checkpoint")
 
 _RECENT = 50
 
 
+def seconds_compiling() -> float:
+    """How long this process has been compiling so far, whatever asked PyTorch for it."""
+    return float(torch._dynamo.utils.calculate_time_spent()["total_wall_time"])
+
+
 class Clock:
     """Seconds spent in each phase of a run.
 
-    A step that compiled something counts as ``"compile"``, so that it does not spoil the estimate. What
-    callbacks do behind a step counts with it, and ``"data"`` is what a step waited for its batches.
+    A step that compiled something counts as ``"compile"``, so that it does not spoil the estimate; of a
+    validation the compiling alone does, as there may be only one. What callbacks do behind a step counts
+    with it, and ``"data"`` is what a step waited for its batches.
 
     Attributes:
         seconds: spent in each phase, over all sessions of the run.
@@ -59,7 +67,7 @@ class Clock:
         step = self.typical("step")
         return None if step is None else step + (self.typical("data") or 0.0)
 
-    def remaining(self, steps: int, validations: int, checkpoints: int) -> float | None:
+    def remaining(self, steps: int, validations: float, checkpoints: float) -> float | None:
         """Seconds that so many more of each will take; None while no step was measured.
 
         What has not been there yet counts as nothing, and nothing more is expected to compile.

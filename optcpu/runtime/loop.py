@@ -13,6 +13,7 @@ from optcpu.compiled_call import compiled_call
 from optcpu.errors import OptcpuError, warn
 from optcpu.measure.batches import Batch, signature
 from optcpu.runtime.checkpoint.folder import CheckpointFolder
+from optcpu.runtime.clock import seconds_compiling
 from optcpu.runtime.data.loading import Interrupted
 from optcpu.runtime.display import Display
 from optcpu.runtime.events import tell, tell_the_rest
@@ -357,7 +358,7 @@ class Loop:
             if not counts:
                 run.buffers.put_back()
                 run.unsaved.set_generators(generators)
-        position.validated, position.metrics = position.step, results
+        position.validated, position.metrics = position.step, dict(results)
         position.waits = [what for what in position.waits if what != "validation"]
         self.saver.more_has_happened()
         if run.stopper is not None:
@@ -370,7 +371,7 @@ class Loop:
         """Loss and metrics on the validation data; None if interrupted."""
         run = self._run
         assert self._validation is not None
-        started = time.perf_counter()
+        started, compiled = time.perf_counter(), seconds_compiling()
         with evaluation_weights(run.optimizer):
             results = validate(
                 run.model,
@@ -384,8 +385,10 @@ class Loop:
             return None
         # Random numbers and data of their own may differ: what follows from the results must not.
         results = cast(dict[str, float], run.world.gather(results)[0])
-        phase = "compile" if self._has_compiled() else "validation"
-        run.clock.add(phase, time.perf_counter() - started)
+        compiled = seconds_compiling() - compiled
+        if self._has_compiled():
+            run.clock.add("compile", compiled)
+        run.clock.add("validation", time.perf_counter() - started - compiled)
         told = "  ".join(f"{name} {value:.4g}" for name, value in results.items())
         self._display.message(f"step {run.position.step}: validation {told}")
         return results
@@ -399,6 +402,7 @@ class Loop:
             position.best, position.best_of = None, watched
         if is_better(results[options.best], position.best, options.mode):
             position.best = results[options.best]
+            position.improved += 1
             self.saver.found_better = True
 
     def _has_compiled(self) -> bool:

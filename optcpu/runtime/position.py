@@ -18,6 +18,7 @@ class Position:
         validated: the step after which the last validation was; -1 before the first.
         metrics: what that validation gave.
         best: the best value of the metric that decides which checkpoint is kept.
+        improved: how many validations gave a better value than all before them.
         best_of: that metric, and whether less or more of it is better.
         unfinished: what is left to do about the last step, and what is to be told of it; None once
             that is done (:class:`optcpu.runtime.finish.Finisher`).
@@ -39,6 +40,7 @@ class Position:
     validated: int = -1
     metrics: dict[str, float] = field(default_factory=dict)
     best: float | None = None
+    improved: int = 0
     best_of: str | None = None
     unfinished: dict[str, Any] | None = None
     unlogged: dict[str, float] | None = None

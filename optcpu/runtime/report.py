@@ -118,8 +118,8 @@ class Reporter:
         total = self._run.plan.total
         if total is None:
             return None
-        options = self._options
-        left = max(0, total - self._run.position.step)
+        options, position, clock = self._options, self._run.position, self._run.clock
+        left = max(0, total - position.step)
         epochs_left = self._epochs_left(left)
 
         # Where processes make steps by themselves, what is due waits until they meet.
@@ -128,11 +128,15 @@ class Reporter:
         )
 
         def times(every: int | None) -> int:
-            return min(meetings, epochs_left if every is None else math.ceil(left / every))
+            due = epochs_left if every is None else math.ceil(left / every)
+            return max(1, min(meetings, due))  # at the end it is due in any case
 
         validations = times(options.validate_every) if self._validates else 0
-        saves = 0 if options.checkpoints is None else times(options.checkpoint_interval)
-        return self._run.clock.remaining(left, validations, saves)
+        saves: float = 0
+        if options.checkpoints is not None:
+            better = position.improved / max(1, clock.counts["validation"])  # and saved for that
+            saves = max(times(options.checkpoint_interval), better * validations)
+        return clock.remaining(left, validations, saves)
 
     def _epochs_left(self, steps: int) -> int:
         """How often an epoch, or the run, will end in the next ``steps`` steps."""

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 
-from optcpu.errors import OptcpuError
+from optcpu.errors import OptcpuError, add_note
 from optcpu.measure.batches import (
     LEFT_OUT,
     Batch,
@@ -19,6 +19,7 @@ from optcpu.measure.batches import (
     as_batch,
     call_model,
     class_axis,
+    describe_call,
     units_in,
 )
 from optcpu.random_state import random_state_kept
@@ -177,21 +178,24 @@ def validate(
     with torch.no_grad(), random_state_kept(), modes_kept(model, loss) as modules:
         for module in modules:
             module.training = False
-        for raw in _drawn(batches):
+        for number, raw in enumerate(_drawn(batches)):
             batch = as_batch(tuple(raw) if isinstance(raw, list) else raw)
             size = size_of(batch)
-            output = call_model(model, batch)
-            sums["loss"] += _number("loss", loss(output, batch)) * size
+            with _noting("the model or its loss", number, batch):
+                output = call_model(model, batch)
+                sums["loss"] += _number("loss", loss(output, batch)) * size
             for name, function in _functions(metrics).items():
-                sums[name] += _number(name, function(output, batch)) * size
+                with _noting(f"metric {name!r}", number):
+                    sums[name] += _number(name, function(output, batch)) * size
             if accumulating:
                 predictions, target = predictions_of(output), target_of(batch)
                 if predicts_next is None:
                     predicts_next = _predicts_next(output, predictions, target)
                 if predicts_next:
                     predictions, target = predictions[:, :-1], target[:, 1:]
-                for metric in accumulating.values():
-                    metric.update(predictions, target)
+                for name, metric in accumulating.items():
+                    with _noting(f"metric {name!r}", number):
+                        metric.update(predictions, target)
             samples += size
             if interrupted():
                 return None
@@ -199,9 +203,21 @@ def validate(
         raise OptcpuError("the validation data are empty: give at least one batch")
     results = {name: total / samples for name, total in sums.items()}
     for name, metric in accumulating.items():
-        with _of_this_process(metric):
+        with _noting(f"metric {name!r}"), _of_this_process(metric):
             results |= _results(name, metric.compute())
     return results
+
+
+@contextmanager
+def _noting(what: str, number: int | None = None, batch: Batch | None = None) -> Iterator[None]:
+    """Within the block an error gets a note that says ``what`` failed, and at which batch."""
+    try:
+        yield
+    except Exception as error:
+        where = "" if number is None else f", at batch {number} (counted from 0)"
+        call = "" if batch is None else f": {describe_call(batch)}"
+        add_note(error, f"{what} failed in the validation{where}{call}")
+        raise
 
 
 def _drawn(batches: Iterable[Batch]) -> Iterator[Batch]:

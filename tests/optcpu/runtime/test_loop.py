@@ -258,6 +258,36 @@ def test_validation_comes_when_it_is_due() -> None:
         assert note.steps == expected
 
 
+def test_what_a_callback_adds_to_results_is_its_own(tmp_path: Path) -> None:
+    class Adds(Callback):
+        def on_validation_end(self, trainer: Trainer, metrics: dict[str, Any]) -> None:
+            metrics["confusion"] = object()
+
+    result = small_trainer(
+        validation_data=small_data(6), callbacks=[Adds()], checkpoints=tmp_path
+    ).train()
+    assert result.metrics.keys() == {"loss"}
+
+
+def test_of_a_validation_that_compiles_only_the_compiling_counts_as_such(tmp_path: Path) -> None:
+    class Slow(torch.utils.data.Dataset[Any]):
+        def __len__(self) -> int:
+            return 6
+
+        def __getitem__(self, index: int) -> Any:
+            time.sleep(0.05)
+            return small_data(6)[index]
+
+    trainer = small_trainer(
+        compile=True, epochs=1, validation_data=Slow(), checkpoints=tmp_path, precision="fp32"
+    )
+    seconds = trainer.train().seconds
+    assert seconds["validation"] >= 0.3
+    assert seconds["compile"] > 0
+    clock = CheckpointFolder(tmp_path).load().state["clock"]  # type: ignore[union-attr]
+    assert clock["typical"]["validation"] == pytest.approx(seconds["validation"])
+
+
 @pytest.mark.parametrize("compiled", [False, pytest.param(True, marks=pytest.mark.slow)])
 def test_batch_norm_of_one_sample_is_told_with_the_remedy(compiled: bool) -> None:
     model = nn.Sequential(nn.Linear(6, 3), nn.BatchNorm1d(3))

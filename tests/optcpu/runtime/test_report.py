@@ -14,15 +14,24 @@ from optcpu.runtime.report import Reporter
 
 
 def _reporter(
-    steps_made: int, *, validates: bool = False, processes: int = 1, **given: Any
+    steps_made: int,
+    *,
+    validates: bool = False,
+    processes: int = 1,
+    improved: int = 0,
+    **given: Any,
 ) -> Reporter:
-    """Of a run of 40 steps of 2 s, four to an epoch; a validation takes 3 s, a checkpoint 5."""
+    """Of a run of 40 steps of 2 s, four to an epoch; a validation takes 3 s, a checkpoint 5.
+
+    Four validations have been, ``improved`` of which were the best so far.
+    """
     options = small_trainer(**given).options
     clock = Clock()
     for phase, seconds in (("step", 2.0), ("validation", 3.0), ("checkpoint", 5.0)):
         clock.add(phase, seconds)
+    clock.counts["validation"] = 4
     plan = Plan.of(16, options.accumulation_steps, options.epochs, options.steps)
-    position = SimpleNamespace(step=steps_made, epoch=steps_made // 4)
+    position = SimpleNamespace(step=steps_made, epoch=steps_made // 4, improved=improved)
     world = SimpleNamespace(size=processes)
     run: Any = SimpleNamespace(plan=plan, position=position, clock=clock, world=world)
     nobody: Any = None
@@ -48,6 +57,25 @@ def test_time_left_counts_checkpoints(given: dict[str, Any], saves: int, tmp_pat
     checkpoints = {"folder": str(tmp_path), **given.pop("checkpoints", {})}
     seconds = _reporter(0, checkpoints=checkpoints, **given)._seconds_left()
     assert seconds == 40 * 2 + saves * 5
+
+
+@pytest.mark.parametrize(("improved", "saves"), [(0, 2), (1, 5), (4, 20)])
+def test_time_left_counts_the_best_checkpoints_as_they_came(
+    improved: int, saves: int, tmp_path: Any
+) -> None:
+    given: dict[str, Any] = {"steps": 40, "validate_every": 2, "validation_data": small_data()}
+    given["checkpoints"] = {"folder": str(tmp_path), "every_steps": 20, "best": "loss"}
+    reporter = _reporter(0, validates=True, improved=improved, **given)
+    assert reporter._seconds_left() == 40 * 2 + 20 * 3 + saves * 5
+
+
+@pytest.mark.parametrize("given", [{"steps": 40, "validate_every": 3}, {"epochs": 10}])
+def test_behind_the_last_step_its_validation_and_checkpoint_are_left(
+    given: dict[str, Any], tmp_path: Any
+) -> None:
+    checkpoints = {"folder": str(tmp_path), "every_steps": 7}
+    given = {"validation_data": small_data(), "checkpoints": checkpoints, **given}
+    assert _reporter(40, validates=True, **given)._seconds_left() == 3 + 5
 
 
 @pytest.mark.parametrize(

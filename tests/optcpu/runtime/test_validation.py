@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, TensorDataset
 
-from optcpu.errors import OptcpuError
+from optcpu.errors import OptcpuError, notes_of
 from optcpu.measure.batches import default_loss
 from optcpu.runtime.validation import (
     Accuracy,
@@ -321,3 +321,67 @@ def test_accuracy_of_targets_that_are_no_classes(shape: tuple[int, ...]) -> None
     """Of smoothed labels, or a regression."""
     with pytest.raises(OptcpuError, match="accuracy needs classes"):
         accuracy(torch.randn(4, 3) if shape == (4, 3) else torch.randn(4, 1), torch.rand(shape))
+
+
+class _Failing:
+    """Told of batches, as a metric of torchmetrics is; fails in the method that ``at`` names."""
+
+    def __init__(self, at: str) -> None:
+        self.at = at
+
+    def _called(self, method: str) -> float:
+        if method == self.at:
+            raise IndexError("no such class")
+        return 0.0
+
+    def reset(self) -> None:
+        self._called("reset")
+
+    def update(self, predictions: Tensor, target: Tensor) -> None:
+        self._called("update")
+
+    def compute(self) -> float:
+        return self._called("compute")
+
+
+def _fails_at_four(output: Tensor, batch: Any) -> Tensor:
+    if len(output) < 4:
+        raise IndexError("no such class")
+    return output.sum()
+
+
+@pytest.mark.parametrize(
+    ("metrics", "note"),
+    [
+        ({"mine": _fails_at_four}, "metric 'mine' failed in the validation, at batch 2 (counted"),
+        ({"mine": _Failing("update")}, "metric 'mine' failed in the validation, at batch 0 (coun"),
+        ({"mine": _Failing("compute")}, "metric 'mine' failed in the validation"),
+    ],
+)
+def test_metrics_that_fail_are_named(metrics: Any, note: str) -> None:
+    batches = list(DataLoader(TensorDataset(INPUTS, TARGETS), batch_size=4))
+    with pytest.raises(IndexError, match="no such class") as failure:
+        validate(nn.Linear(4, 3), batches, default_loss, metrics)
+    (told,) = notes_of(failure.value)
+    assert told.startswith(note)
+
+
+@pytest.mark.parametrize(
+    ("inputs", "targets", "error"),
+    [
+        (torch.randn(2, 5), torch.tensor([0, 1]), "shapes cannot be multiplied"),
+        (torch.randn(2, 4), torch.tensor([0, 3]), "the target has class 3"),
+    ],
+)
+def test_what_the_model_or_its_loss_cannot_take_is_of_the_validation(
+    inputs: Tensor, targets: Tensor, error: str
+) -> None:
+    batches = [(INPUTS, TARGETS), (inputs, targets)]
+    with pytest.raises((RuntimeError, ValueError), match=error) as failure:
+        validate(nn.Linear(4, 3), batches, default_loss, {})
+    (told,) = notes_of(failure.value)
+    shape = f"float32[2, {inputs.shape[1]}]"
+    assert told == (
+        "the model or its loss failed in the validation, at batch 1 (counted from 0): "
+        f"model({shape})"
+    )
