@@ -32,12 +32,20 @@ def add(commands: Commands) -> None:
         description="Compare optcpu with stock PyTorch and every peer that is installed, over a suite of "
         "models (half an hour, more without BF16 hardware); print a table, and save it as JSON, Markdown "
         "and PNG. With --roofline, measure what this machine can do at best instead: matrix products by "
-        "data type and library, streaming, and the first touch of fresh memory.",
+        "data type and library, streaming, and the first touch of fresh memory; with --updates, what the "
+        "updates of optimizers take.",
     )
     parser.add_argument(
         "--roofline", action="store_true", help="measure the machine's limits, and no model"
     )
-    parser.add_argument("--json", action="store_true", help="with --roofline: print JSON")
+    parser.add_argument(
+        "--updates",
+        action="store_true",
+        help="measure the updates of optimizers on 51 million parameters, and no model",
+    )
+    parser.add_argument(
+        "--json", action="store_true", help="with --roofline or --updates: print JSON"
+    )
     parser.add_argument(
         "--workloads",
         type=names,
@@ -54,15 +62,52 @@ def add(commands: Commands) -> None:
         help="of weights and data order (default: %(default)s)",
     )
     add_traceback(parser)
-    parser.set_defaults(run=_roofline_or_suite)
+    parser.set_defaults(run=_chosen)
 
 
-def _roofline_or_suite(arguments: argparse.Namespace) -> int:
+def _chosen(arguments: argparse.Namespace) -> int:
+    if arguments.roofline and arguments.updates:
+        raise ValueError("--roofline and --updates exclude each other: give one of them")
     if arguments.roofline:
         return _roofline(arguments)
+    if arguments.updates:
+        return _updates(arguments)
     if arguments.json:
-        raise ValueError("--json goes with --roofline; the suite writes JSON to a file (--output)")
+        raise ValueError(
+            "--json goes with --roofline or --updates; the suite writes JSON to a file (--output)"
+        )
     return _suite(arguments)
+
+
+def _updates(arguments: argparse.Namespace) -> int:
+    import torch
+    from rich.console import Console
+
+    from optcpu.cpu import capabilities
+    from optcpu.measure import report
+    from optcpu.measure.machine import describe_machine
+    from optcpu.measure.updates import measure_updates
+
+    threads = arguments.threads or torch.get_num_threads()
+    costs = measure_updates(
+        threads,
+        rounds=arguments.rounds,
+        round_seconds=arguments.round_seconds,
+        progress=None if arguments.progress else False,
+    )
+    if arguments.json:
+        print(json.dumps([cost.to_dict() for cost in costs], indent=2))
+        return 0
+    console = Console(highlight=False)
+    console.print(f"[dim]{describe_machine(capabilities(), threads)}[/]\n")
+    console.print(report.updates_table(costs))
+    console.print(
+        "speedup: over PyTorch's fused AdamW, and over pytorch-optimizer's LAMB. moved: bytes a parameter "
+        "that an update reads and writes; of bandwidth: their rate, by that of an addition in place. "
+        "resident: bytes a parameter of weights, gradients and state.",
+        style="dim",
+    )
+    return 0
 
 
 def _roofline(arguments: argparse.Namespace) -> int:

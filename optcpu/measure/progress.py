@@ -18,8 +18,9 @@ class Reporter:
     The bar is redrawn only when something is told, so that drawing costs the timed turns nothing.
     """
 
-    def __init__(self, shown: bool | None, total: int) -> None:
+    def __init__(self, shown: bool | None, total: int, command: str = "optcpu compare") -> None:
         self._shown = shown is not False
+        self._command = command
         self._phase = ""
         self._next_line = 0.0
         self._progress: Progress | None = None
@@ -60,7 +61,7 @@ class Reporter:
             done = 1 if self._phase else 0
             self._progress.update(self._task, advance=done, description=text, refresh=True)
         elif self._shown:
-            print(f"optcpu compare: {text}", file=sys.stderr, flush=True)
+            print(f"{self._command}: {text}", file=sys.stderr, flush=True)
             self._next_line = time.monotonic() + _LINE_INTERVAL_S
         self._phase = text
 
@@ -70,7 +71,7 @@ class Reporter:
         if self._progress is not None:
             self._progress.update(self._task, description=line, refresh=True)
         elif self._shown and time.monotonic() >= self._next_line:
-            print(f"optcpu compare: {line}", file=sys.stderr, flush=True)
+            print(f"{self._command}: {line}", file=sys.stderr, flush=True)
             self._next_line = time.monotonic() + _LINE_INTERVAL_S
 
     def tick(self) -> None:

@@ -19,6 +19,7 @@ from optcpu.tables import FirstThatFits, sentence
 if TYPE_CHECKING:
     from optcpu.measure.result import Comparison, Row
     from optcpu.measure.roofline import Limits
+    from optcpu.measure.updates import UpdateCost
     from optcpu.measure.work import Ideal
 
 # Two processes running the same code differ by this much in a run of 5 rounds of a second.
@@ -149,6 +150,22 @@ def limits_table(limits: Limits) -> Table:
     for pages, touched in (("usual", limits.first_touch), ("huge", limits.first_touch_huge)):
         told = "unknown" if touched is None else f"{_count(touched)}B"
         table.add_row(f"first touch, {pages} pages", told)
+    return table
+
+
+def updates_table(costs: Sequence[UpdateCost]) -> Table:
+    """What the updates of optimizers take."""
+    table = tables.plain_table()
+    table.add_column("optimizer", no_wrap=True)
+    headings = "ms", "speedup", "moved", "of bandwidth", "resident"
+    for heading in headings:
+        table.add_column(heading, justify="right", no_wrap=True)
+    for cost in costs:
+        share = _NONE if cost.of_bandwidth is None else f"{cost.of_bandwidth:.0%}"
+        moved = _NONE if cost.moved is None else f"{cost.moved:.1f} B"
+        speedup = _NONE if cost.speedup is None else figure(cost.speedup)
+        row = cost.name, figure(cost.ms), speedup, moved, share, f"{cost.resident:.1f} B"
+        table.add_row(*row, style="" if cost.name == cost.against else "green")
     return table
 
 

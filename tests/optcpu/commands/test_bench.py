@@ -99,7 +99,8 @@ def test_a_failure_shows_in_the_exit_code(
     ("arguments", "message"),
     [
         (["--workloads", "digit"], "no workload 'digit'; did you mean 'digits-cnn'?"),
-        (["--json"], "--json goes with --roofline"),
+        (["--json"], "--json goes with --roofline or --updates"),
+        (["--roofline", "--updates"], "exclude each other"),
     ],
 )
 def test_wrong_arguments(
