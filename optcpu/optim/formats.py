@@ -68,9 +68,9 @@ def split(numbers: Tensor) -> tuple[Tensor, Tensor]:
 
     :func:`passes.halves.joined` puts them together.
     The upper half is rounded to nearest; ties go up, where BF16's own rule is to even, since the rest
-    would otherwise need one value more than 16 bits hold.
+    would otherwise need one value more than 16 bits hold. All that are no numbers become one such.
     """
-    bits = numbers.view(torch.int32)  # whose sums may wrap around: the join does, too
+    bits = _bits(numbers)  # whose sums may wrap around: the join does, too
     high = bits + 0x8000 >> 16
     low = bits - (high << 16)
     return high.short().view(torch.bfloat16), low.short()
@@ -81,8 +81,13 @@ def round_stochastically(numbers: Tensor, seed: int) -> Tensor:
 
     The random bits are a function of ``seed`` and each number's place in memory.
     """
-    bits = numbers.view(torch.int32) + _random_bits(numbers, seed)
+    bits = _bits(numbers) + _random_bits(numbers, seed)
     return (bits >> 16).short().view(torch.bfloat16)
+
+
+def _bits(numbers: Tensor) -> Tensor:
+    """Of FP32 ``numbers``, with one NaN for all: the largest would become zero where they are rounded."""
+    return torch.where(numbers.isnan(), torch.nan, numbers).view(torch.int32)
 
 
 def _random_bits(like: Tensor, seed: int) -> Tensor:

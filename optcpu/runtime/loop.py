@@ -157,8 +157,11 @@ class Loop:
             self.saver.more_has_happened(late=True)
         self._finisher.tell()
 
-    def draw(self) -> MicroBatches | None:
+    def draw(self, *, waits: bool = False) -> MicroBatches | None:
         """The micro-batches of the next step; None at the end of an epoch.
+
+        Args:
+            waits: for all of them, also where the run is to stop.
 
         Raises:
             OptcpuError: the data failed.
@@ -171,7 +174,9 @@ class Loop:
         stopped = False
         try:
             count = self._options.accumulation_steps
-            raw = run.feed.take(count, before["feed"], self._stops_before_a_step)
+            raw = run.feed.take(
+                count, before["feed"], lambda: not waits and self._stops_before_a_step()
+            )
         except Interrupted:
             stopped = True
         except OptcpuError:

@@ -89,7 +89,7 @@ class MetricsLog:
         """
         row = {"step": step, "epoch": epoch, "phase": phase, **metrics}
         _append(self._jsonl, _line(row))
-        _append(self._csv, _csv_text(_entries(row)))
+        _append(self._csv, _csv_text(_entries(row)), head=_csv_text([COLUMNS]))
         if self._writer is not None:
             with self._told():
                 for name, value in metrics.items():
@@ -114,15 +114,16 @@ class MetricsLog:
             raise _cannot_write(self._jsonl.parent, error) from error
 
 
-def _append(path: Path, text: str) -> None:
+def _append(path: Path, text: str, head: str = "") -> None:
+    """Add ``text`` to a file, behind ``head`` where somebody has removed what there was."""
     try:
         try:
             file = path.open("a", encoding="utf-8")
-        except FileNotFoundError:  # somebody has tidied up meanwhile
+        except FileNotFoundError:  # the folder, too
             path.parent.mkdir(parents=True, exist_ok=True)
             file = path.open("a", encoding="utf-8")
         with file:
-            file.write(text)
+            file.write(text if file.tell() else head + text)
     except OSError as error:
         raise _cannot_write(path, error) from error
 

@@ -318,7 +318,7 @@ class Trainer:
             if saved is not None:
                 display.message(f"going on from {saved.path}")
                 if pending is not None and not run.resume_step(
-                    pending, loop.draw(), saved.state["processes"][0]
+                    pending, loop.draw(waits=True), saved.state["processes"][0]
                 ):
                     display.message("its step has other micro-batches now and is begun anew")
             if options.on_nan == "rollback":

@@ -180,7 +180,8 @@ def validate(
             module.training = False
         for number, raw in enumerate(_drawn(batches)):
             batch = as_batch(tuple(raw) if isinstance(raw, list) else raw)
-            size = size_of(batch)
+            with _noting("size_of", number, batch):
+                size = size_of(batch)
             with _noting("the model or its loss", number, batch):
                 output = call_model(model, batch)
                 sums["loss"] += _number("loss", loss(output, batch)) * size

@@ -138,13 +138,20 @@ INLINE Floats nearest(Floats x) {
       below, _mm512_test_epi32_mask(bits, _mm512_set1_epi32(0x10000)), below, one);
 }
 
+// With one NaN for all: rounding adds to the bits of a number, and those of the largest would become zero.
+INLINE __m512 with_one_nan(__m512 x) {
+  constexpr int kBecomesNan = 0x33;  // what is a quiet NaN, and what is a signalling one
+  return _mm512_fixupimm_ps(x, x, _mm512_set1_epi32(kBecomesNan), 0);
+}
+
 template <bool kWhole>
 INLINE Numbers get(const Stored& from, Place<kWhole> at) {
   if (kWhole) prefetch(from, at.start, kGroup, kAhead);
   if (from.format == kFloat) {
     const float* data = static_cast<const float*>(from.data) + at.start;
-    const __m512 one = _mm512_maskz_loadu_ps(__mmask16(mask(at)), data);
-    const __m512 two = _mm512_maskz_loadu_ps(__mmask16(mask(at) >> kVector), data + kVector);
+    const __mmask16 first = mask(at), second = mask(at) >> kVector;
+    const __m512 one = with_one_nan(_mm512_maskz_loadu_ps(first, data));
+    const __m512 two = with_one_nan(_mm512_maskz_loadu_ps(second, data + kVector));
     return {(Floats)_mm512_permutex2var_ps(one, pairs(0, 2, 4), two),
             (Floats)_mm512_permutex2var_ps(one, pairs(1, 3, 4), two)};
   }
@@ -246,6 +253,8 @@ INLINE Numbers get(const Stored& from, Place<kWhole> at) {
   if (!kWhole) std::memset(&to, 0, sizeof to);
   if (from.format == kFloat) {
     std::memcpy(to.x, static_cast<const float*>(from.data) + at.start, n * sizeof(float));
+    // One NaN for all: rounding adds to the bits of a number, and those of the largest would become zero.
+    for (int i = 0; i < kGroup; i++) to.x[i] = to.x[i] == to.x[i] ? to.x[i] : NAN;
     return to;
   }
   const uint16_t* high = static_cast<const uint16_t*>(from.data) + at.start;

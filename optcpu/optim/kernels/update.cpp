@@ -151,12 +151,12 @@ void sgd_floats(const Parameter& p, int64_t start, int64_t n) {
     return;
   }
   float* __restrict first = floats(p.first, start);
-  const float momentum = p.beta1, rest = p.rest1, ahead = p.nesterov ? momentum : 1;
-  const float of_gradient = p.nesterov ? 1 : 0;
+  const float momentum = p.beta1, rest = p.rest1;
+  const bool nesterov = p.nesterov;
   for (int64_t i = 0; i < n; i++) {
     const float g = gradient[i] * scale + decay * weight[i];
     first[i] = momentum * first[i] + rest * g;
-    weight[i] -= step_size * (of_gradient * g + ahead * first[i]);
+    weight[i] -= step_size * (nesterov ? g + momentum * first[i] : first[i]);
   }
 }
 

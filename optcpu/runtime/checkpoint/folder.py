@@ -70,6 +70,7 @@ class CheckpointFolder:
             )
         self.path = Path(path).absolute()  # whatever the working directory may become
         self.keep_last = keep_last
+        self._held: IO[bytes] | None = None  # while this run keeps others out
 
     def save(
         self, state: dict[str, Any], step: int, best: bool = False, keep: int | None = None
@@ -104,6 +105,7 @@ class CheckpointFolder:
             if not self.path.is_dir():
                 self.path.mkdir(parents=True, exist_ok=True)
                 sync_folder(self.path.parent)
+                self._hold_again()
             with _locked(self.path / ".lock"), self._tidied():
                 target = self._publish(contents, step)
                 if best:
@@ -111,8 +113,8 @@ class CheckpointFolder:
                 self._remove_old(target, *([] if keep is None else [self.path_of(keep)]))
         except OSError as error:
             raise OptcpuError(
-                f"cannot save step {step} in {self.path}: {error.strerror}; the checkpoints that were "
-                f"there are intact. {remedy_for_folder(error, _room(contents.size))}"
+                f"cannot save step {step} in {self.path}: {error.strerror}{self._what_is_left()}. "
+                f"{remedy_for_folder(error, _room(contents.size))}"
             ) from error
         return target
 
@@ -198,28 +200,48 @@ class CheckpointFolder:
         Raises:
             OptcpuError: another run is at work in it, or it cannot be made.
         """
+        self._held = self._hold()
+        try:
+            yield
+        finally:
+            self._let_go()
+
+    def _hold(self) -> IO[bytes]:
         try:
             self.path.mkdir(parents=True, exist_ok=True)
             file = (self.path / ".run").open("a+b", buffering=0)
         except OSError as error:
             raise self._cannot_keep(error) from error
-        with file:
-            # A worker process that outlives a killed run for a while has inherited its lock.
-            if not _lock(file) and (holder := _process_in(file)) is not None:
-                raise OptcpuError(
-                    f"process {holder} is training into {self.path} already: give each run a folder of "
-                    "its own, or end that one"
-                )
-            try:
-                file.truncate(0)
-                file.write(str(os.getpid()).encode())
-            except OSError as error:
-                raise self._cannot_keep(error) from error
-            try:
-                yield
-            finally:
-                with suppress(OSError):
-                    fcntl.flock(file, fcntl.LOCK_UN)
+        # A worker process that outlives a killed run for a while has inherited its lock.
+        if not _lock(file) and (holder := _process_in(file)) is not None:
+            file.close()
+            raise OptcpuError(
+                f"process {holder} is training into {self.path} already: give each run a folder of "
+                "its own, or end that one"
+            )
+        try:
+            file.truncate(0)
+            file.write(str(os.getpid()).encode())
+        except OSError as error:
+            file.close()
+            raise self._cannot_keep(error) from error
+        return file
+
+    def _hold_again(self) -> None:
+        """Keep others out of a folder that was removed while a run was at work, and is there again."""
+        if self._held is not None:
+            self._let_go()
+            self._held = self._hold()
+
+    def _let_go(self) -> None:
+        if self._held is None:
+            return
+        with self._held as file, suppress(OSError):
+            fcntl.flock(file, fcntl.LOCK_UN)
+        self._held = None
+
+    def _what_is_left(self) -> str:
+        return "; the checkpoints that were there are intact" if self.path.is_dir() else ""
 
     def _cannot_keep(self, error: OSError) -> OptcpuError:
         return OptcpuError(

@@ -200,6 +200,46 @@ def test_from_nothing_to_what_overflows(rule: str, gradient: float) -> None:
     torch.testing.assert_close(*results, rtol=1e-6, atol=1e-7)
 
 
+@pytest.mark.parametrize("rule", RULES)
+@pytest.mark.parametrize("weight", [FLOAT, SPLIT, STOCHASTIC])
+@pytest.mark.parametrize("moments", [FLOAT, NEAREST])
+@pytest.mark.parametrize("bits", [-1, 0x7FFFFFFF, 0x7F800001, 0x7FC00000])
+def test_no_number_becomes_one(rule: str, weight: Format, moments: Format, bits: int) -> None:
+    """Rounded as others are, the NaN whose bits are all ones would be zero."""
+    size = 70
+    gradient = torch.full((size,), bits, dtype=torch.int32).view(torch.float32)
+    assert gradient.isnan().all()
+    constants = Constants(
+        beta1=0.9, beta2=0.9, rest1=0.1, rest2=0.1, epsilon=1e-3, lr=0.1, step_size=0.1
+    )
+    second = STOCHASTIC if moments == NEAREST else FLOAT
+    slot = Slot(
+        constants,
+        stored(torch.ones(size), weight, 1),
+        stored(gradient, FLOAT, 2),
+        stored(torch.zeros(size), moments, 3),
+        stored(torch.zeros(size), second, 4),
+    )
+    getattr(native, rule)([slot])
+    written = [slot.weight, slot.first] if rule == "sgd" else [slot.weight, slot.first, slot.second]
+    for one in written:
+        assert one is not None
+        assert (
+            one.data.isnan().all()
+        )  # of split numbers the upper halves, with which products compute
+        assert one.read().isnan().all()
+
+
+@pytest.mark.parametrize("nesterov", [False, True])
+def test_momentum_of_what_overflows(nesterov: bool) -> None:
+    weight, gradient = torch.ones(70), torch.full((70,), torch.inf)
+    constants = Constants(beta1=0.9, rest1=1.0, step_size=0.1, nesterov=nesterov)
+    slot = Slot(constants, Stored(FLOAT, weight), Stored(FLOAT, gradient))
+    slot.first = Stored(FLOAT, torch.zeros(70))
+    native.sgd([slot])
+    assert (weight == -torch.inf).all()
+
+
 def test_gradient_squares() -> None:
     ours = slots(FLOAT, False, None, FLOAT)
     exact = sum(float(slot.gradient.data.double().square().sum()) for slot in ours)

@@ -97,6 +97,8 @@ def test_a_folder_that_was_removed_is_made_anew(tmp_path: Path) -> None:
     shutil.rmtree(tmp_path / "log")
     log.add("train", 2, 0, {"loss": 0.25})
     assert [row["step"] for row in _rows(tmp_path / "log")] == [2]
+    table = (tmp_path / "log" / "metrics.csv").read_text().splitlines()
+    assert table == ["step,epoch,phase,name,value", "2,0,train,loss,0.25"]
 
 
 @pytest.mark.parametrize("after_step", [0, 4])

@@ -93,6 +93,31 @@ def test_a_stop_in_any_micro_batch(tmp_path: Path, variant: str, number: int) ->
     )
 
 
+@pytest.mark.parametrize("fetch", [1, 6, 9])
+def test_a_stop_while_a_step_is_drawn_again(tmp_path: Path, fetch: int) -> None:
+    whole = small_trainer()
+    whole.train()
+    small_trainer(loss=_StopAt(2), checkpoints=tmp_path).train()
+
+    class Stops(Dataset[Any]):
+        left, samples = fetch, small_data()
+
+        def __len__(self) -> int:
+            return len(self.samples)
+
+        def __getitem__(self, index: int) -> Any:
+            self.left -= 1
+            if self.left == 0:
+                again.stop()
+            return self.samples[index]
+
+    again = small_trainer(data=Stops(), checkpoints=tmp_path, workers=0)
+    assert again.train().stopped_by == "stop()"
+    resumed = small_trainer(small_model(seed=9), checkpoints=tmp_path)
+    resumed.train()
+    assert_equal(tensors_of(resumed), tensors_of(whole))
+
+
 class _Noisy(Dataset[Any]):
     """Augments with generators of its own, one of them in a transform, and perhaps one made late."""
 

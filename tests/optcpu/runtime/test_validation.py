@@ -385,3 +385,13 @@ def test_what_the_model_or_its_loss_cannot_take_is_of_the_validation(
         "the model or its loss failed in the validation, at batch 1 (counted from 0): "
         f"model({shape})"
     )
+
+
+def test_what_cannot_be_counted_is_told_with_its_batch() -> None:
+    with pytest.raises(IndexError) as failure:
+        validate(nn.Linear(4, 3), [(INPUTS, TARGETS)], default_loss, {}, size_of=_fails)
+    assert notes_of(failure.value)[0].startswith("size_of failed in the validation, at batch 0")
+
+
+def _fails(batch: Any) -> int:
+    raise IndexError("no such place")

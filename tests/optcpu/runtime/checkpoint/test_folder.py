@@ -396,11 +396,12 @@ def test_no_permission(public: Path) -> None:
     folder.save(state(1), 1)
     folder.path.chmod(0o555)
     with unprivileged():
-        for path in (folder.path, folder.path / "new"):
+        kept = "; the checkpoints that were there are intact"
+        for path, left in ((folder.path, kept), (folder.path / "new", "")):
             with pytest.raises(
                 OptcpuError,
-                match=r"^cannot save step 2 in .+/checkpoints.*: Permission denied; the checkpoints that "
-                r"were there are intact\. Give a folder that you may write to$",
+                match=rf"^cannot save step 2 in .+/checkpoints.*: Permission denied{left}\. Give a folder "
+                r"that you may write to$",
             ):
                 CheckpointFolder(path).save(state(2), 2)
         assert loaded(folder) == 1
@@ -484,6 +485,27 @@ def test_two_runs_at_once_are_refused(tmp_path: Path) -> None:
         folder.save({"a": 1}, 1)  # which has a lock of its own
     with folder.in_use():
         assert folder.load() is not None
+
+
+def test_a_folder_that_was_removed_during_a_run_is_kept_from_others_again(tmp_path: Path) -> None:
+    folder, other = CheckpointFolder(tmp_path / "runs"), CheckpointFolder(tmp_path / "runs")
+    with folder.in_use():
+        folder.save({"a": 1}, 1)
+        shutil.rmtree(folder.path)
+        folder.save({"a": 2}, 2)
+        with pytest.raises(OptcpuError, match="is training into"), other.in_use():
+            pass
+    with other.in_use():
+        pass
+    shutil.rmtree(folder.path)
+    folder.save({"a": 3}, 3)  # without a run nobody is kept out
+    assert not (folder.path / ".run").exists()
+
+
+def test_nothing_is_said_of_checkpoints_that_are_not_there(tmp_path: Path) -> None:
+    (tmp_path / "runs").write_text("")
+    with pytest.raises(OptcpuError, match=r"^cannot save step 1 in .*runs: File exists\. "):
+        CheckpointFolder(tmp_path / "runs").save({"a": 1}, 1)
 
 
 def test_what_a_killed_run_has_left_keeps_nobody_out(tmp_path: Path) -> None:
