@@ -71,6 +71,10 @@ class Finisher:
             self._reporter.step(**unfinished["told"])
         self._reporter.log_what_is_due()
 
+    def end(self) -> None:
+        """Tell of the end of the run."""
+        self._reporter.end()
+
     def _freeze(self, freezer: DynamicFreezer) -> None:
         run, events = self._run, len(freezer.events)
         before = freezer.state_dict() if freezer.decides else None

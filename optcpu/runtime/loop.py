@@ -122,6 +122,7 @@ class Loop:
             if self._ended() and not self._validation_is_due():  # else that was interrupted
                 self._runner.meet()
                 self.saver.refuse_broken_weights()
+                self._finisher.end()
                 return None
             if self._stops():
                 self.saver.save("stopped")

@@ -175,7 +175,7 @@ class LogOptions(Options):
 
     Attributes:
         folder: receives ``metrics.csv``, ``metrics.jsonl`` and TensorBoard's files.
-        every_steps: optimizer steps between two rows.
+        every_steps: optimizer steps between two rows; the end of the run has one as well.
         tensorboard: write for TensorBoard, too; needs the ``tensorboard`` package.
     """
 

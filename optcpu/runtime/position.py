@@ -31,6 +31,7 @@ class Position:
             ``"validation"``, ``"checkpoint"``.
         stop_reason: why the run has ended before its time.
         losses: of the steps since the last row of the log.
+        open_row: what a row about the last step would tell, where its interval is not over; None else.
     """
 
     step: int = 0
@@ -50,3 +51,4 @@ class Position:
     waits: list[str] = field(default_factory=list)
     stop_reason: str | None = None
     losses: list[float] = field(default_factory=list)
+    open_row: dict[str, float] | None = None

@@ -28,7 +28,9 @@ def open_log(
     """
     if options is None:
         return contextlib.nullcontext()
-    told = [] if position.unlogged is not None or position.unfinished is not None else ["train"]
+    # A row that the end of the run has left in the middle of an interval goes, as that goes on.
+    undone = position.unlogged, position.unfinished, position.open_row
+    told = ["train"] if undone == (None, None, None) else []
     told += ["validation"] if position.validated == position.step else []
     log = MetricsLog(
         options.folder, tensorboard=options.tensorboard, after_step=position.step, told=told
@@ -83,8 +85,9 @@ class Reporter:
         if made:
             position.losses.append(loss)
         self._interval_samples += samples
+        position.open_row = dict(row)  # before a callback adds what it likes
         if position.step % self._interval == 0:
-            self._end_interval(row)
+            self._end_interval()
         tell(run, self._trainer, "on_step_end", row)
 
     def frozen(self, event: FreezeEvent) -> None:
@@ -99,15 +102,27 @@ class Reporter:
             self._log.add("train", position.step, position.epoch, position.unlogged)
         position.unlogged = None
 
-    def _end_interval(self, row: dict[str, float]) -> None:
-        position, now = self._run.position, time.perf_counter()
-        losses = position.losses or [row["loss"]]  # of steps that were made, if any was
-        position.unlogged = row | {
-            "loss": math.fsum(losses) / len(losses),
-            "samples_per_second": self._interval_samples / (now - self._interval_started),
-        }
+    def end(self) -> None:
+        """Write a row about the steps at the end of the run that fill no interval."""
+        position = self._run.position
+        if self._log is not None and position.open_row is not None:
+            self._log.add("train", position.step, position.epoch, self._row(position.open_row))
+
+    def _end_interval(self) -> None:
+        position = self._run.position
+        assert position.open_row is not None
+        position.unlogged, position.open_row = self._row(position.open_row), None
         position.losses = []
-        self._interval_started, self._interval_samples = now, 0
+        self._interval_started, self._interval_samples = time.perf_counter(), 0
+
+    def _row(self, last: dict[str, float]) -> dict[str, float]:
+        """About the interval so far, of which ``last`` tells the last step."""
+        losses = self._run.position.losses or [last["loss"]]  # of steps that were made, if any was
+        row = last | {"loss": math.fsum(losses) / len(losses)}
+        if self._interval_samples:  # else all were before this run went on
+            seconds = time.perf_counter() - self._interval_started
+            row["samples_per_second"] = self._interval_samples / seconds
+        return row
 
     def _estimate(self, samples: int) -> tuple[float | None, float | None]:
         """Samples a second in steps of ``samples``, and the seconds until the end of the run."""

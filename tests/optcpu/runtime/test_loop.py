@@ -704,10 +704,10 @@ def test_a_row_that_cannot_be_written_comes_when_it_can(
     whole.train()
     append = metrics_log._append
 
-    def fails(path: Path, text: str) -> None:
+    def fails(path: Path, text: str, head: str = "") -> None:
         if path.suffix == ".csv" and f"{step},0,{phase}" in text:
             raise OptcpuError("the disk is full")
-        append(path, text)
+        append(path, text, head)
 
     monkeypatch.setattr(metrics_log, "_append", fails)
     with pytest.raises(OptcpuError, match="the disk is full"):
