@@ -2,14 +2,21 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from torch import nn
-from training import Losses, assert_equal, small_data, small_model, small_trainer, tensors_of
+from training import (
+    Losses,
+    assert_equal,
+    logged_rows,
+    small_data,
+    small_model,
+    small_trainer,
+    tensors_of,
+)
 
 from optcpu import DynamicFreezer, Trainer
 from optcpu.errors import OptcpuError
@@ -55,11 +62,6 @@ class Counting(Losses):
         self.losses = list(state["losses"])
 
 
-def rows_in(folder: Path) -> list[dict[str, Any]]:
-    rows = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
-    return [{key: row[key] for key in row if key != "samples_per_second"} for row in rows]
-
-
 def run_in(folder: Path, scheduler: Any, **given: Any) -> tuple[Trainer, Counting]:
     counting = Counting()
     trainer = small_trainer(
@@ -95,7 +97,7 @@ def test_a_scheduler_that_fails(tmp_path: Path, length: int, in_this_process: bo
     assert_equal(tensors_of(trainer), tensors_of(whole))
     assert trainer.optimizer.param_groups[0]["lr"] == whole.optimizer.param_groups[0]["lr"]
     assert counting.losses == expected.losses
-    assert rows_in(tmp_path / "on" / "log") == rows_in(tmp_path / "whole" / "log")
+    assert logged_rows(tmp_path / "on" / "log") == logged_rows(tmp_path / "whole" / "log")
 
 
 def test_a_learning_rate_that_was_set_half_way_is_put_back(tmp_path: Path) -> None:
@@ -126,7 +128,7 @@ def test_a_scheduler_that_fails_behind_a_skipped_step(tmp_path: Path) -> None:
     resumed, callback = run_in(tmp_path / "on", Table(5), **given)
     resumed.train()
     assert_equal(tensors_of(resumed), tensors_of(whole))
-    assert rows_in(tmp_path / "on" / "log") == rows_in(tmp_path / "whole" / "log")
+    assert logged_rows(tmp_path / "on" / "log") == logged_rows(tmp_path / "whole" / "log")
 
 
 def test_a_plateau_scheduler_that_fails_has_its_validation_made_again(tmp_path: Path) -> None:
@@ -155,7 +157,7 @@ def test_a_plateau_scheduler_that_fails_has_its_validation_made_again(tmp_path: 
     resumed.train()
     assert_equal(tensors_of(resumed), tensors_of(whole))
     assert resumed.optimizer.param_groups[0]["lr"] == whole.optimizer.param_groups[0]["lr"]
-    assert rows_in(tmp_path / "on" / "log") == rows_in(tmp_path / "whole" / "log")
+    assert logged_rows(tmp_path / "on" / "log") == logged_rows(tmp_path / "whole" / "log")
 
 
 @pytest.mark.parametrize("at", [1, 4, 5, 6])

@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 from torch import Tensor
-from training import assert_equal, small_data, small_trainer, tensors_of
+from training import assert_equal, logged_rows, small_data, small_trainer, tensors_of
 
 from optcpu import Trainer
 from optcpu.errors import OptcpuError
@@ -61,8 +61,7 @@ def test_what_validation_did_not_give_is_told_and_loses_nothing(
     whole, resumed = run("n.samples", tmp_path / "whole"), run("n.samples", tmp_path / "on")
     assert resumed.train().stop_reason == whole.train().stop_reason
     assert_equal(tensors_of(resumed), tensors_of(whole))
-    logs = [tmp_path / name / "log" / "metrics.jsonl" for name in ("on", "whole")]
-    assert logs[0].read_text() == logs[1].read_text()
+    assert logged_rows(tmp_path / "on" / "log") == logged_rows(tmp_path / "whole" / "log")
 
 
 def test_what_no_validation_can_give_is_refused_before_anything_starts() -> None:

@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
 import pytest
-from training import Losses, small_data, small_trainer
+from training import Losses, logged_rows, small_data, small_trainer
 
 from optcpu.runtime.clock import Clock
 from optcpu.runtime.plan import Plan
@@ -99,19 +98,11 @@ def test_time_left_counts_what_waits_for_a_meeting_once(
     assert seconds == 40 * 2 + meetings * 3
 
 
-def _rows(folder: Path) -> list[dict[str, Any]]:
-    """Without what depends on the time."""
-    lines = (folder / "metrics.jsonl").read_text().splitlines()
-    rows = [json.loads(line) for line in lines]
-    assert all(row.pop("samples_per_second", 1) > 0 for row in rows)
-    return rows
-
-
 def test_the_end_of_a_run_has_a_row(tmp_path: Path) -> None:
     losses = Losses()
     log = {"folder": tmp_path, "every_steps": 3}
     small_trainer(epochs=2, log=log, max_grad_norm=1.0, callbacks=[losses]).train()
-    end = _rows(tmp_path)[-1]
+    end = logged_rows(tmp_path)[-1]
     assert end.keys() == {"step", "epoch", "phase", "loss", "lr", "grad_norm"}
     assert (end["step"], end["phase"]) == (4, "train")
     assert end["loss"] == pytest.approx(losses.losses[3])
@@ -129,6 +120,6 @@ def test_a_run_that_is_made_longer_has_the_rows_of_a_long_one(
     train("long", 5)
     for epochs in (1, 2, 2, 5, 5):  # an ended one that is started again tells nothing twice
         train("longer", epochs)
-        steps = [row["step"] for row in _rows(tmp_path / "longer" / "log")]
+        steps = [row["step"] for row in logged_rows(tmp_path / "longer" / "log")]
         assert steps == sorted({*range(every_steps, 2 * epochs + 1, every_steps), 2 * epochs})
-    assert _rows(tmp_path / "longer" / "log") == _rows(tmp_path / "long" / "log")
+    assert logged_rows(tmp_path / "longer" / "log") == logged_rows(tmp_path / "long" / "log")

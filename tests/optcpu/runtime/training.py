@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -85,6 +87,13 @@ def assert_equal(one: dict[str, Tensor], other: dict[str, Tensor]) -> None:
     assert one.keys() == other.keys()
     for name, tensor in one.items():
         assert torch.equal(tensor, other[name]), name
+
+
+def logged_rows(folder: Path) -> list[dict[str, Any]]:
+    """What a log in ``folder`` tells, without what depends on the time."""
+    rows = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    assert all(row.pop("samples_per_second", 1) > 0 for row in rows)
+    return rows
 
 
 class Losses(Callback):
