@@ -49,9 +49,8 @@ def _lamb(weights: str) -> Callable[[nn.Module], Optimizer]:
 
 def _stored(model: nn.Module, optimizer: Optimizer, weights: str) -> Optimizer:
     with warnings.catch_warnings():
-        warnings.simplefilter(
-            "ignore"
-        )  # nothing is multiplied here, so slow products do not matter
+        # Of products that BF16 would make slow, of which there are none here.
+        warnings.simplefilter("ignore")
         optimize(model, optimizer, precision="bf16", weights=weights, state_dtype=torch.bfloat16)
     return optimizer
 
