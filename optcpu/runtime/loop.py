@@ -392,7 +392,8 @@ class Loop:
         # Random numbers and data of their own may differ: what follows from the results must not.
         results = cast(dict[str, float], run.world.gather(results)[0])
         compiled = seconds_compiling() - compiled
-        if self._has_compiled():
+        self._has_compiled()  # or the next step would count as one that has
+        if compiled > 0:  # the model, or what a metric compiles by itself
             run.clock.add("compile", compiled)
         run.clock.add("validation", time.perf_counter() - started - compiled)
         told = "  ".join(f"{name} {value:.4g}" for name, value in results.items())
