@@ -9,7 +9,7 @@ import math
 import os
 import signal
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from itertools import islice
 from multiprocessing.sharedctypes import RawValue
 from multiprocessing.util import Finalize
@@ -17,6 +17,8 @@ from typing import Any, NamedTuple, cast
 
 import torch
 from torch.utils.data import (
+    BatchSampler,
+    DataLoader,
     Dataset,
     Subset,
     TensorDataset,
@@ -106,11 +108,50 @@ class SeededBatches(Dataset[Any]):
         return self._generators
 
 
+def reading_at_once(batches: Iterable[Any]) -> Iterable[Any]:
+    """``batches``, or a loader of the same ones that reads each at once and not sample by sample.
+
+    That is possible for a ``DataLoader`` without processes of a dataset that :func:`batch_of` can read.
+    Order and random numbers are those of the loader that was given, whose samplers and generator it uses.
+    """
+    if type(batches) is not DataLoader or batches.num_workers or batches.pin_memory:
+        return batches
+    if type(batches.batch_sampler) is not BatchSampler or batches.collate_fn is not default_collate:
+        return batches
+    if not can_batch(batches.dataset):
+        return batches
+    return DataLoader(
+        _WholeBatches(batches.dataset),
+        batch_sampler=batches.batch_sampler,
+        collate_fn=as_it_is,
+        generator=batches.generator,
+    )
+
+
+class _WholeBatches(Dataset[Any]):
+    """Gives the batches of a dataset that :func:`batch_of` can read."""
+
+    def __init__(self, dataset: Dataset[Any]) -> None:
+        self._dataset = dataset
+
+    def __getitems__(self, indices: list[int]) -> list[torch.Tensor]:
+        return batch_of(self._dataset, indices)
+
+
+def as_it_is(batch: Any) -> Any:
+    """What a loader does to samples that are a batch already."""
+    return batch
+
+
 def can_batch(dataset: Dataset[Any]) -> bool:
     """Whether :func:`batch_of` can read the dataset."""
     if type(dataset) is Subset:
         return can_batch(dataset.dataset)
-    return type(dataset) in (TensorDataset, SyntheticDataset, TokenDataset)
+    if type(dataset) is TensorDataset:
+        return all(
+            type(one) is torch.Tensor and one.layout == torch.strided for one in dataset.tensors
+        )
+    return type(dataset) in (SyntheticDataset, TokenDataset)
 
 
 def batch_of(dataset: Dataset[Any], indices: list[int]) -> list[torch.Tensor]:

@@ -15,9 +15,11 @@ from optcpu.random_state import random_state_kept
 from optcpu.runtime.data.fetching import (
     Collate,
     SeededBatches,
+    as_it_is,
     choose_workers,
     cores_for_loading,
     fetch_time,
+    reading_at_once,
     worker_initializer,
 )
 from optcpu.runtime.data.randomness import stream_key
@@ -110,7 +112,7 @@ def make_loader(
         batches,
         batch_sampler=sampler,
         num_workers=workers,
-        collate_fn=_as_it_is,
+        collate_fn=as_it_is,
         worker_init_fn=worker_initializer(),
         persistent_workers=workers > 0,
         generator=torch.Generator().manual_seed(0),  # else PyTorch draws from the global one
@@ -161,7 +163,7 @@ def evaluation_batches(
 def _begun_anew(data: Any) -> Iterable[Any]:
     """``data``, whose processes, if any, do not live on: a loader draws a seed for those that are new."""
     end_workers(data)
-    return data  # type: ignore[no-any-return]
+    return reading_at_once(data)
 
 
 class Interrupted(Exception):
@@ -415,7 +417,3 @@ def told(error: Exception) -> str:
     if isinstance(error, (EOFError, ConnectionError)):  # what is left of a pipe to a dead process
         told += " (if processes load the data, one was killed or exited)"
     return told
-
-
-def _as_it_is(batch: Any) -> Any:
-    return batch

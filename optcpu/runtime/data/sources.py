@@ -14,7 +14,7 @@ from torch.utils.data import DataLoader, Dataset, IterableDataset
 from optcpu.errors import OptcpuError, warn
 from optcpu.random_state import random_state_kept
 from optcpu.runtime.checkpoint.rng import rng_state, set_rng_state
-from optcpu.runtime.data.fetching import SeededBatches
+from optcpu.runtime.data.fetching import SeededBatches, reading_at_once
 from optcpu.runtime.data.randomness import generator_state, generators_in, set_generator_state
 from optcpu.runtime.data.sampling import ResumableBatchSampler
 
@@ -176,7 +176,7 @@ class ReplayedSource(Source):
         _set_epoch(self._batches, epoch)
         sizes = self._sizes()  # those of this epoch
         self._beginning = {"rng": rng_state(), **self.state_between_epochs(), "sizes": sizes}
-        return iter(self._batches)
+        return iter(reading_at_once(self._batches))
 
     def resume(self, epoch: int, done: int, state: State) -> Iterator[Any]:
         beginning = state["beginning"]
@@ -198,7 +198,7 @@ class ReplayedSource(Source):
         self._beginning = beginning
         if done:
             logger.info("passing over the %d batches of epoch %d that were used", done, epoch)
-        iterator = iter(self._batches)
+        iterator = iter(reading_at_once(self._batches))
         passed = sum(1 for _ in islice(iterator, done))
         if passed < done:
             raise OptcpuError(
