@@ -317,7 +317,7 @@ def _adopted() -> dict[str, str]:
 
 def cache_file() -> Path:
     """Where choices are remembered: one file for each machine type and version of PyTorch."""
-    return cache.folder() / f"gemm5-{cache.machine()}.json"
+    return cache.folder() / f"gemm6-{cache.machine()}.json"
 
 
 @functools.cache

@@ -62,10 +62,6 @@ def matmul(
     a, b = (one if _is_row_major(one) else _column_major(one) for one in (a, b))
     bias = None if bias is None else bias.float().contiguous()
     residual = None if residual is None else residual.contiguous()
-    height = library.rows_of_tile()
-    tiles = None
-    if not _is_row_major(a):
-        tiles = a.new_empty(-(-rows // height) * height * (depth + depth % 2))
     kernel = {torch.bfloat16: library.matmul_bf16, torch.float32: library.matmul_fp32}[dtype]
     kernel(
         *_described(a),
@@ -75,7 +71,6 @@ def matmul(
         ctypes.c_int64(relu),
         _address(result),
         *(ctypes.c_int64(size) for size in (rows, columns, depth)),
-        _address(tiles),
     )
     return result
 
@@ -117,10 +112,18 @@ def _address(tensor: Tensor | None) -> ctypes.c_void_p:
 @functools.cache
 def _library() -> ctypes.CDLL | None:
     """The compiled kernel; None where it cannot be built or the processor has no BF16."""
-    if not torch.cpu._is_avx512_bf16_supported():
-        return None
-    library = load(Path(__file__).parent / "kernels" / "matmul.cpp")
+    if _has_matrix_unit() and (library := _load("matmul_amx.cpp")) is not None:
+        return library
+    return _load("matmul.cpp") if torch.cpu._is_avx512_bf16_supported() else None
+
+
+def _has_matrix_unit() -> bool:
+    """Whether there is one (AMX), and the system lets this process use it."""
+    return bool(torch.cpu._is_amx_tile_supported() and torch.cpu._init_amx())
+
+
+def _load(name: str) -> ctypes.CDLL | None:
+    library = load(Path(__file__).parent / "kernels" / name)
     if library is not None:
-        library.rows_of_tile.restype = ctypes.c_int64
         library.matmul_bf16.restype = library.matmul_fp32.restype = None
     return library

@@ -5,16 +5,12 @@
 // such pairs by the thread that multiplies it; all rows of a block are multiplied by it while it lies in the
 // second-level cache, and meanwhile what comes next is fetched. A row-major left matrix has its pairs already.
 
-#include <ATen/Parallel.h>
-#include <c10/util/BFloat16.h>
-#include <immintrin.h>
+#include <c10/core/CPUAllocator.h>
 
-#include <algorithm>
-#include <cstdint>
 #include <limits>
 #include <memory>
 
-#include "pairs.h"
+#include "result.h"
 
 using unaligned_pair [[gnu::aligned(2), gnu::may_alias]] = uint32_t;
 using half_pair [[gnu::may_alias]] = uint16_t;
@@ -24,48 +20,7 @@ namespace {
 constexpr int64_t kDepth = 512;  // pairs that are summed before the next tile: a panel of 128 KiB
 constexpr int64_t kMostTiles = 128;  // tiles, one below the other, that share a panel
 constexpr int64_t kLeastTiles = 8;   // with fewer, bringing a panel into pairs would take too long
-constexpr int64_t kStreamed = 4 << 20;  // bytes; a smaller result may be read from the caches
 constexpr int64_t kLine = 32;           // BF16 numbers in a cache line
-
-__m512 widened(__m256i numbers) {
-  return (__m512)_mm512_slli_epi32(_mm512_cvtepu16_epi32(numbers), 16);
-}
-
-using Row = __m512[kVectors];
-
-inline __attribute__((always_inline)) __m512i rounded(const Row& numbers, int v) {
-  return (__m512i)_mm512_cvtne2ps_pbh(numbers[v + 1], numbers[v]);
-}
-
-// Stores what is present of a row of a tile.
-inline __attribute__((always_inline)) void store(const Row& numbers,
-                                                 const __mmask16 (&present)[kVectors],
-                                                 float* target) {
-#pragma GCC unroll 4
-  for (int v = 0; v < kVectors; v++)
-    _mm512_mask_storeu_ps(target + v * kLanes, present[v], numbers[v]);
-}
-
-inline __attribute__((always_inline)) void store(const Row& numbers,
-                                                 const __mmask16 (&present)[kVectors],
-                                                 bf16* target) {
-#pragma GCC unroll 2
-  for (int v = 0; v < kVectors; v += 2)
-    _mm512_mask_storeu_epi16(target + v * kLanes, _mm512_kunpackw(present[v + 1], present[v]),
-                             rounded(numbers, v));
-}
-
-// Stores a whole row of a tile past the caches.
-inline __attribute__((always_inline)) void stream(const Row& numbers, float* target) {
-#pragma GCC unroll 4
-  for (int v = 0; v < kVectors; v++) _mm512_stream_ps(target + v * kLanes, numbers[v]);
-}
-
-inline __attribute__((always_inline)) void stream(const Row& numbers, bf16* target) {
-#pragma GCC unroll 2
-  for (int v = 0; v < kVectors; v += 2)
-    _mm512_stream_si512(reinterpret_cast<__m512i*>(target + v * kLanes), rounded(numbers, v));
-}
 
 // What a thread works in, both in its second-level cache.
 struct Scratch {
@@ -73,62 +28,15 @@ struct Scratch {
   __m512 sums[kMostTiles * kRows * kVectors];  // of a block that are not complete yet
 };
 
-// What is multiplied, what is added to it, and where the result goes.
 template <typename Number>
 struct Product {
   Left left;
   Matrix right;
-  const float* bias;      // of each column, or null
-  const bf16* residual;   // of the result's shape, or null
-  bool relu;
-  Number* result;
-  int64_t rows, columns, depth;
+  Result<Number> result;
+  int64_t depth;
   bool streamed;
 
-  int64_t across() const { return blocks(columns, kColumns); }
-
-  // Writes R rows of sums, past the caches if `streamed`: then all columns of the tile are there.
-  template <int R>
-  inline __attribute__((always_inline)) void finish(__m512 (&sums)[R][kVectors], int64_t row,
-                                                    int64_t column) const {
-    const int64_t distance = columns;
-    __mmask16 present[kVectors];
-#pragma GCC unroll 4
-    for (int v = 0; v < kVectors; v++)
-      present[v] = static_cast<__mmask16>(first(distance - column - v * kLanes));
-    if (bias != nullptr) {
-#pragma GCC unroll 4
-      for (int v = 0; v < kVectors; v++) {
-        const __m512 added = _mm512_maskz_loadu_ps(present[v], bias + column + v * kLanes);
-#pragma GCC unroll 6
-        for (int r = 0; r < R; r++) sums[r][v] += added;
-      }
-    }
-    if (residual != nullptr) {
-      const bf16* source = residual + row * distance + column;
-#pragma GCC unroll 6
-      for (int r = 0; r < R; r++)
-#pragma GCC unroll 4
-        for (int v = 0; v < kVectors; v++)
-          sums[r][v] += widened(_mm256_maskz_loadu_epi16(present[v],
-                                                         source + r * distance + v * kLanes));
-    }
-    if (relu) {
-#pragma GCC unroll 6
-      for (int r = 0; r < R; r++)
-#pragma GCC unroll 4
-        for (int v = 0; v < kVectors; v++)
-          sums[r][v] = _mm512_max_ps(_mm512_setzero_ps(), sums[r][v]);  // keeps NaN
-    }
-    Number* target = result + row * distance + column;
-    if (streamed && column + kColumns <= distance) {
-#pragma GCC unroll 6
-      for (int r = 0; r < R; r++) stream(sums[r], target + r * distance);
-    } else {
-#pragma GCC unroll 6
-      for (int r = 0; r < R; r++) store(sums[r], present, target + r * distance);
-    }
-  }
+  int64_t across() const { return blocks(result.columns, kColumns); }
 
   // Adds one pair of each row times one of each column; of the row's pair only as many bits as Bits has.
   template <typename Bits, int R>
@@ -163,7 +71,7 @@ struct Product {
 #pragma GCC unroll 4
         for (int v = 0; v < kVectors; v++) numbers[r][v] += sums[r * kVectors + v];
     }
-    if (end == pairs) return finish(numbers, row, column);
+    if (end == pairs) return result.template write<R, kVectors>(numbers, row, column, streamed);
 #pragma GCC unroll 6
     for (int r = 0; r < R; r++)
 #pragma GCC unroll 4
@@ -171,7 +79,7 @@ struct Product {
   }
 
   void tile(int64_t row, int64_t column, int64_t start, const pair* panel, __m512* sums) const {
-    switch (std::min<int64_t>(kRows, rows - row)) {
+    switch (std::min<int64_t>(kRows, result.rows - row)) {
       case 6: return tile_of<6>(row, column, start, panel, sums);
       case 5: return tile_of<5>(row, column, start, panel, sums);
       case 4: return tile_of<4>(row, column, start, panel, sums);
@@ -189,8 +97,8 @@ struct Product {
   void into_pairs(Part part, pair* panel) const {
     const int64_t count = std::min(2 * kDepth, depth - 2 * part.start);
     const auto pair_up = right.transposed ? pair_columns : pair_rows;
-    pair_up(right.at(2 * part.start, part.column), right.leading, count, columns - part.column,
-            panel);
+    pair_up(right.at(2 * part.start, part.column), right.leading, count, result.columns - part.column,
+            {panel, kLanes, kColumns});
   }
 
   // Fetches the share of a part, [begin, end) of `of`, that is to be in the second-level cache soon.
@@ -198,7 +106,7 @@ struct Product {
   inline __attribute__((always_inline)) void fetch(Part part, int64_t begin, int64_t end,
                                                    int64_t of) const {
     const int64_t deep = std::min(2 * kDepth, depth - 2 * part.start);
-    const int64_t wide = std::min<int64_t>(kColumns, columns - part.column);
+    const int64_t wide = std::min<int64_t>(kColumns, result.columns - part.column);
     const int64_t lines = right.transposed ? wide : deep;
     const int64_t numbers = right.transposed ? deep : wide;
     const bf16* source = right.at(2 * part.start, part.column);
@@ -215,7 +123,7 @@ struct Product {
     const int64_t pairs = blocks(depth, 2);
     for (int64_t index = begin; index < end; index++) {
       const int64_t from = index / across() * height * kRows;
-      const int64_t to = std::min(rows, from + height * kRows), tiles = blocks(to - from, kRows);
+      const int64_t to = std::min(result.rows, from + height * kRows), tiles = blocks(to - from, kRows);
       int64_t start = 0;
       do {  // once at least: a sum of nothing is zero
         const Part part{start, index % across() * kColumns};
@@ -238,7 +146,7 @@ struct Product {
 
   // How many tiles high a block is: as many as may share a panel, or fewer that no thread is idle.
   int64_t height_of_block(int64_t threads) const {
-    const int64_t tiles = blocks(rows, kRows);
+    const int64_t tiles = blocks(result.rows, kRows);
     int64_t best = std::min(tiles, kMostTiles);
     double least = std::numeric_limits<double>::infinity();
     for (int64_t down = blocks(tiles, kMostTiles); down <= std::max<int64_t>(1, tiles / kLeastTiles);
@@ -252,7 +160,7 @@ struct Product {
 
   void compute() const {
     const int64_t height = height_of_block(at::get_num_threads());
-    const int64_t panels_in_all = blocks(blocks(rows, kRows), height) * across();
+    const int64_t panels_in_all = blocks(blocks(result.rows, kRows), height) * across();
     at::parallel_for(0, panels_in_all, 1, [&](int64_t begin, int64_t end) {
       panels(begin, end, height);
     });
@@ -260,41 +168,35 @@ struct Product {
 };
 
 template <typename Number>
-void multiply(const Matrix& left, const Matrix& right, const float* bias, const bf16* residual,
-              bool relu, Number* result, int64_t rows, int64_t columns, int64_t depth,
-              pair* tiles) {
-  constexpr int64_t size = sizeof(Number);
-  const bool aligned = reinterpret_cast<uintptr_t>(result) % 64 == 0 && columns * size % 64 == 0;
+void multiply(const Matrix& left, const Matrix& right, const Result<Number>& result, int64_t depth) {
+  const auto tiles = c10::GetCPUAllocator()->allocate(
+      left.transposed ? sizeof(pair) * pairs_of_left(result.rows, depth) : 0);
   const Left prepared = left.transposed
-                            ? paired_left(left, rows, depth, tiles)
+                            ? paired_left(left, result.rows, depth, static_cast<pair*>(tiles.get()))
                             : Left{left.numbers, kRows * left.leading, left.leading, 2};
-  Product<Number>{prepared, right, bias, residual, relu,
-                  result,   rows,  columns, depth, aligned && rows * columns * size >= kStreamed}
-      .compute();
+  Product<Number>{prepared, right, result, depth, result.streamed()}.compute();
 }
 
 }  // namespace
 
 // result[rows][columns] = left @ right, plus bias[columns] and residual[rows][columns] where they are not
 // null, and its positive part if `relu`. A matrix is row-major with `leading` numbers from row to row, or
-// column-major if `transposed`. `depth` is summed over. For a transposed left matrix, `tiles` is memory for
-// rows x depth numbers, rounded up to whole tiles of rows_of_tile() rows and to an even depth.
+// column-major if `transposed`. `depth` is summed over.
 extern "C" void matmul_bf16(const bf16* left, int64_t left_leading, int64_t left_transposed,
                             const bf16* right, int64_t right_leading, int64_t right_transposed,
                             const float* bias, const bf16* residual, int64_t relu, bf16* result,
-                            int64_t rows, int64_t columns, int64_t depth, pair* tiles) {
-  multiply({left, left_leading, left_transposed != 0}, {right, right_leading, right_transposed != 0},
-           bias, residual, relu != 0, result, rows, columns, depth, tiles);
+                            int64_t rows, int64_t columns, int64_t depth) {
+  multiply<bf16>({left, left_leading, left_transposed != 0},
+                 {right, right_leading, right_transposed != 0},
+                 {bias, residual, relu != 0, result, rows, columns}, depth);
 }
 
 // The same without rounding the sums.
 extern "C" void matmul_fp32(const bf16* left, int64_t left_leading, int64_t left_transposed,
                             const bf16* right, int64_t right_leading, int64_t right_transposed,
                             const float* bias, const bf16* residual, int64_t relu, float* result,
-                            int64_t rows, int64_t columns, int64_t depth, pair* tiles) {
-  multiply({left, left_leading, left_transposed != 0}, {right, right_leading, right_transposed != 0},
-           bias, residual, relu != 0, result, rows, columns, depth, tiles);
+                            int64_t rows, int64_t columns, int64_t depth) {
+  multiply<float>({left, left_leading, left_transposed != 0},
+                  {right, right_leading, right_transposed != 0},
+                  {bias, residual, relu != 0, result, rows, columns}, depth);
 }
-
-extern "C" int64_t rows_of_tile() { return kRows; }
-

@@ -45,11 +45,17 @@ struct Matrix {
   }
 };
 
-// panel[p][column] = (source[2p][column], source[2p + 1][column]), for `depth` rows and `columns` columns;
+// Where a panel of pairs has them: pair p of column 16 g + c is at numbers + g * group + p * next + c.
+struct Panel {
+  pair* numbers;
+  int64_t group, next;
+};
+
+// Pair p of a column is (source[2p][column], source[2p + 1][column]), for `depth` rows and `columns` columns;
 // what lies beyond them is zero.
-void pair_rows(const bf16* source, int64_t leading, int64_t depth, int64_t columns, pair* panel) {
+void pair_rows(const bf16* source, int64_t leading, int64_t depth, int64_t columns, Panel panel) {
   const __mmask32 present[] = {first(columns), first(columns - 2 * kLanes)};
-  for (int64_t p = 0; p < blocks(depth, 2); p++, source += 2 * leading, panel += kColumns) {
+  for (int64_t p = 0; p < blocks(depth, 2); p++, source += 2 * leading) {
     const bool has_second = 2 * p + 1 < depth;
 #pragma GCC unroll 2
     for (int i = 0; i < 2; i++) {
@@ -59,7 +65,7 @@ void pair_rows(const bf16* source, int64_t leading, int64_t depth, int64_t colum
           _mm512_maskz_loadu_epi16(has_second ? present[i] : 0, source + leading + lane);
 #pragma GCC unroll 2
       for (int upper = 0; upper < 2; upper++)
-        _mm512_store_si512(panel + lane + upper * kLanes,
+        _mm512_store_si512(panel.numbers + (2 * i + upper) * panel.group + p * panel.next,
                            _mm512_or_si512(half(low, upper),
                                            _mm512_slli_epi32(half(high, upper), 16)));
     }
@@ -97,9 +103,9 @@ inline __attribute__((always_inline)) void transpose(__m512i (&rows)[kLanes]) {
   }
 }
 
-// The same from the transposed source: panel[p][column] = (source[column][2p], source[column][2p + 1]).
+// The same from the transposed source: pair p of a column is (source[column][2p], source[column][2p + 1]).
 void pair_columns(const bf16* source, int64_t leading, int64_t depth, int64_t columns,
-                  pair* panel) {
+                  Panel panel) {
   const int64_t pairs = blocks(depth, 2);
   for (int64_t lane = 0; lane < kColumns; lane += kLanes, source += kLanes * leading) {
     for (int64_t p = 0; p < pairs; p += kLanes) {
@@ -110,11 +116,11 @@ void pair_columns(const bf16* source, int64_t leading, int64_t depth, int64_t co
         rows[i] = _mm512_maskz_loadu_epi16(lane + i < columns ? present : 0,
                                            source + i * leading + 2 * p);
       transpose(rows);
-      pair* target = panel + p * kColumns + lane;
+      pair* target = panel.numbers + lane / kLanes * panel.group + p * panel.next;
       const int64_t count = pairs - p;
 #pragma GCC unroll 16
       for (int i = 0; i < kLanes; i++)
-        if (i < count) _mm512_store_si512(target + i * kColumns, rows[i]);
+        if (i < count) _mm512_store_si512(target + i * panel.next, rows[i]);
     }
   }
 }
@@ -124,6 +130,11 @@ struct Left {
   const bf16* numbers;
   int64_t tile, row, next;
 };
+
+// How many there are in a left matrix that is brought into tiles.
+int64_t pairs_of_left(int64_t rows, int64_t depth) {
+  return blocks(rows, kRows) * kRows * blocks(depth, 2);
+}
 
 // The left matrix in tiles of pairs, from a transposed one; `tiles` holds them.
 Left paired_left(const Matrix& matrix, int64_t rows, int64_t depth, pair* tiles) {

@@ -14,6 +14,19 @@ from hypothesis import strategies as st
 from passes import native, ops
 
 
+@pytest.fixture(autouse=True, scope="module", params=["matrix unit", "vector registers"])
+def unit(request: pytest.FixtureRequest) -> Iterator[None]:
+    """Each test runs with the kernel for either."""
+    with pytest.MonkeyPatch.context() as patch:
+        if request.param == "vector registers":
+            patch.setattr(native, "_has_matrix_unit", lambda: False)
+        elif not native._has_matrix_unit():
+            pytest.skip("this processor has no AMX")
+        native._library.cache_clear()
+        yield
+    native._library.cache_clear()
+
+
 @pytest.fixture
 def fresh_build(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
     """No kernel built so far, in the process or on disk."""
@@ -45,7 +58,7 @@ LAYOUTS = st.sampled_from(["rows", "columns", "part", "every second"])
 @needs_kernel
 @settings(max_examples=150)
 @given(
-    rows=st.integers(0, 300) | st.integers(760, 1600),
+    rows=st.integers(0, 300) | st.integers(500, 1600),
     depth=st.integers(0, 200) | st.integers(1000, 2500),
     columns=st.integers(0, 300),
     layouts=st.tuples(LAYOUTS, LAYOUTS),
@@ -96,7 +109,9 @@ def test_a_result_larger_than_the_caches_is_complete(width: int, dtype: torch.dt
 
 
 @needs_kernel
-@pytest.mark.parametrize("sizes", [(90, 700, 130), (1600, 1500, 70), (5, 64, 1000)])
+@pytest.mark.parametrize(
+    "sizes", [(90, 700, 130), (1600, 1500, 70), (5, 64, 1000), (2100, 200, 70)]
+)
 @pytest.mark.parametrize("layout", ["rows", "columns"])
 def test_neither_threads_nor_other_rows_change_a_bit(
     sizes: tuple[int, int, int], layout: str
@@ -107,7 +122,7 @@ def test_neither_threads_nor_other_rows_change_a_bit(
     assert torch.equal(native.matmul(a[3:], b), expected[3:])
     threads = torch.get_num_threads()
     try:
-        for other in (1, 3, 64):
+        for other in (1, 3, 64):  # which also changes how the rows are shared out
             torch.set_num_threads(other)
             assert torch.equal(native.matmul(a, b), expected)
     finally:
@@ -161,6 +176,13 @@ def test_operands_that_do_not_fit_are_refused(wrong: dict[str, torch.Tensor]) ->
     operands = {"a": torch.ones(2, 3).bfloat16(), "b": torch.ones(3, 5).bfloat16()} | wrong
     with pytest.raises(ValueError, match=r"where shape .* expected"):
         native.matmul(**operands)
+
+
+def test_the_matrix_unit_comes_first() -> None:
+    library = native._library()
+    if native._has_matrix_unit():
+        assert library is not None
+        assert "matmul_amx" in library._name
 
 
 @needs_kernel
