@@ -16,6 +16,7 @@ import math
 import os
 import tempfile
 import time
+from collections import deque
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import TypeAlias
@@ -44,6 +45,8 @@ _SECONDS_PER_PRODUCT = 0.25
 _BUSY_SECONDS = (
     0.03  # for which another program may have the processor: longer than several short runs
 )
+# What a step computes goes to memory that was freed a while ago, and not to that of the run before.
+_KEPT_RESULTS, _MOST_BYTES_KEPT = 4, 2**26
 _VECTOR = 16  # FP32 numbers in the longest vector register
 # A product is measured on a part of it that takes at least so many multiply-adds and bytes.
 _ENOUGH_WORK, _BEYOND_CACHES = 2**32, 2**25
@@ -251,7 +254,8 @@ def times(
     shortest time of each counts. Long runs are few: building a kernel and touching new memory, which only
     the first one does, counts for little in them.
     """
-    first = {name: _seconds(run) for name, run in runs.items()}
+    results: deque[object] = deque(maxlen=_KEPT_RESULTS)
+    first = {name: _seconds(run, results) for name, run in runs.items()}
     shortest = {name: seconds for name, seconds in first.items() if seconds is not None}
     long = sum(shortest.values()) > _SECONDS_PER_PRODUCT
     least_rounds = _LEAST_ROUNDS_OF_LONG if long else _LEAST_ROUNDS
@@ -262,7 +266,7 @@ def times(
         all_run = turn < rounds_for_all or passed < _BUSY_SECONDS
         for name in shortest:
             if all_run or shortest[name] <= hopeless * min(shortest.values()):
-                shortest[name] = min(shortest[name], _seconds(runs[name]) or math.inf)
+                shortest[name] = min(shortest[name], _seconds(runs[name], results) or math.inf)
         left = [name for name in shortest if shortest[name] <= hopeless * min(shortest.values())]
         passed = time.perf_counter() - started
         is_clear = len(left) == 1 and passed >= _BUSY_SECONDS
@@ -271,14 +275,21 @@ def times(
     return shortest
 
 
-def _seconds(run: Callable[[], object]) -> float | None:
-    """What a run takes; None where the work cannot be done this way."""
+def _seconds(run: Callable[[], object], results: deque[object]) -> float | None:
+    """What a run takes; None where the work cannot be done this way.
+
+    A result that a cache could hold stays among the last ``results``, so that its memory is not used again.
+    """
     begin = time.perf_counter()
     try:
-        run()
+        result = run()
     except RuntimeError:
         return None
-    return time.perf_counter() - begin
+    seconds = time.perf_counter() - begin
+    tensors = result if isinstance(result, tuple) else (result,)
+    if sum(one.nbytes for one in tensors if isinstance(one, Tensor)) <= _MOST_BYTES_KEPT:
+        results.append(result)
+    return seconds
 
 
 def choices() -> dict[str, str]:

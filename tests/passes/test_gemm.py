@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import functools
 import itertools
 import json
+import math
 from collections.abc import Callable
 from pathlib import Path
 
@@ -238,6 +240,20 @@ def test_a_busy_moment_does_not_decide(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_a_long_first_run_is_not_held_against_a_kernel(monkeypatch: pytest.MonkeyPatch) -> None:
     times = {"built": lambda call: 0.22 if call == 1 else 0.02, "steady": lambda call: 0.09}
     assert gemm.measure(by_call(monkeypatch, times), preferred="steady") == "built"
+
+
+def test_a_result_is_not_written_where_the_one_before_lies() -> None:
+    """That would still be in a cache, which in training it is not."""
+    addresses: dict[str, list[int]] = {"one": [], "other": []}
+
+    def run(name: str) -> torch.Tensor:
+        result = torch.ones(2**18)
+        addresses[name].append(result.data_ptr())
+        return result
+
+    gemm.times({name: functools.partial(run, name) for name in addresses}, hopeless=math.inf)
+    in_turn = [address for pair in zip(*addresses.values(), strict=True) for address in pair]
+    assert all(len(set(in_turn[i : i + 5])) == 5 for i in range(len(in_turn) - 4))
 
 
 def test_sizes_that_are_close_share_a_measurement() -> None:
