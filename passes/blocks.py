@@ -29,7 +29,7 @@ from torch.utils._pytree import tree_leaves
 
 from passes import ops
 from passes.graph import aten, convert, dtype, is_call, may_alias, value
-from passes.repeats import arguments_of, equal_blocks, is_mutable
+from passes.repeats import arguments_of, equal_blocks, is_mutable, is_written
 
 _invoke = torch.ops.higher_order.invoke_subgraph
 _prims = torch.ops.prims
@@ -100,13 +100,15 @@ def _is_on_images(node: fx.Node, *convolutions: Any) -> bool:
 def _constants(graph: fx.Graph) -> dict[fx.Node, None]:
     """What depends on no input, in order: the first block of several that use it has made it.
 
-    Of random numbers, only the seeds belong to it: the numbers themselves are made where they are used.
+    What is written to later is no constant, nor is what is made of it. Of random numbers, only the seeds
+    belong to it: the numbers themselves are made where they are used.
     """
     constants: dict[fx.Node, None] = {}
     for node in graph.nodes:
         if node.op == "get_attr" or (
             node.op == "call_function"
             and _is_repeatable(node)
+            and not is_written(node)
             and all(before in constants for before in node.all_input_nodes)
         ):
             constants[node] = None

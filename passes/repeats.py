@@ -17,7 +17,7 @@ from typing import Any
 from torch import Tensor, fx
 from torch.utils._pytree import tree_leaves, tree_map_only
 
-from passes.graph import aten, is_call, value
+from passes.graph import aten, is_call, may_alias, value
 
 SMALLEST_BLOCK = 16  # nodes; less is not worth a call, across which nothing is fused
 LEAST_SAVED = 32  # nodes that need no code of their own; fewer are written soon
@@ -70,14 +70,24 @@ def arguments_of(node: fx.Node) -> list[fx.Node]:
 
 
 def is_fill(node: fx.Node) -> bool:
-    """Whether a node makes a tensor of one number that is known."""
-    return is_call(node, *_FILLS) and not node.all_input_nodes
+    """Whether a node makes a tensor of one number that is known, and stays so."""
+    return is_call(node, *_FILLS) and not node.all_input_nodes and not is_written(node)
 
 
 def is_mutable(node: fx.Node) -> bool:
     """Whether a node may write to its arguments; what has no schema may."""
     schema = getattr(node.target, "_schema", None)
     return schema is None or schema.is_mutable
+
+
+def is_written(node: fx.Node) -> bool:
+    """Whether something may write to the result of a node once that is computed."""
+    return any(
+        is_written(user)
+        if user.target is operator.getitem or may_alias(user)
+        else user.op == "call_function" and is_mutable(user)
+        for user in node.users
+    )
 
 
 def _signature(node: fx.Node) -> str | None:

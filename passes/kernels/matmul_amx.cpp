@@ -1,9 +1,10 @@
 // Products of BF16 matrices by the matrix unit (AMX), summed in FP32 and rounded once, or not.
 //
-// The unit multiplies a tile of 16 rows and 16 pairs by one of 16 pairs and 16 columns. The left matrix is brought
-// into such tiles first; a panel of the right one, 64 columns wide, by the thread that multiplies it. Two by two
-// tiles of the result are summed at a time: half a panel stays in the first-level cache while all rows of a
-// block, which lie in the second-level one, are multiplied by it.
+// The unit multiplies a tile of 16 rows and 16 pairs by one of 16 pairs and 16 columns. The left matrix is
+// brought into such tiles first; so is the right one, in panels of 64 columns, or each of its panels by the
+// thread that multiplies it, where that is the only one to do so. Two by two tiles of the result are summed at
+// a time: half a panel stays in the first-level cache while all rows of a block, which lie in the second-level
+// one, are multiplied by it.
 
 #include <c10/core/CPUAllocator.h>
 
@@ -14,22 +15,26 @@
 
 namespace {
 
-constexpr int kSide = 16;               // rows of a tile, and columns of the right matrix in it
-constexpr int kTile = kSide * kLanes;   // pairs in a tile
-constexpr int kBlock = 2 * kSide;       // rows and columns that are summed at a time
-constexpr int64_t kDepth = 128;         // pairs that are summed before the next rows
-constexpr int64_t kRowsOfBlock = 512;   // that share a panel, where not all pairs are summed at once
-constexpr int64_t kLeastRows = 128;
-constexpr int64_t kNumbersOfBlock = 1 << 18;  // of the left matrix that lie in the second-level cache
-constexpr int64_t kPanel = kDepth * kColumns;  // pairs in one
-constexpr int64_t kLine = 32;           // BF16 numbers in a cache line
+constexpr int kSide = 16;              // rows of a tile, and columns of the right matrix in it
+constexpr int kTile = kSide * kLanes;  // pairs in a tile
+constexpr int kBlock = 2 * kSide;      // rows and columns that are summed at a time
+constexpr int64_t kLine = 32;          // BF16 numbers in a cache line, or in a row of a tile
 
-constexpr int64_t up_to(int64_t length, int64_t block) { return (length + block - 1) / block * block; }
+// With more pairs half a panel would leave the first-level cache, with fewer sums would come and go too often.
+constexpr int64_t kDepth = 128;                // pairs that are summed before the next rows
+constexpr int64_t kPanel = kDepth * kColumns;  // pairs in a panel, as far as it is summed in one go
+constexpr int64_t kNumbersOfBlock = 1 << 18;   // of the left matrix: half a megabyte
+// Where not all pairs are summed in one go, sums take room, too.
+constexpr int64_t kLeastRows = 128, kMostRows = 512;
+constexpr int64_t kFewUnits = 4;  // of kBlock rows: a panel would be fetched for too little work
+
+int64_t up_to(int64_t length, int64_t block) { return blocks(length, block) * block; }
 
 // Tells the unit that all tiles are whole, and puts back what was set before.
 class Tiles {
  public:
   Tiles() {
+    is_used_by_instruction(before_);
     _tile_storeconfig(&before_);
     Configuration whole{};
     whole.palette = 1;
@@ -46,23 +51,27 @@ class Tiles {
   };
 
   static void load(const Configuration& configuration) {
-    asm volatile("" ::"r"(&configuration) : "memory");  // the compiler takes it for eight bytes
+    is_used_by_instruction(configuration);
     _tile_loadconfig(&configuration);
+  }
+
+  // All of it is to be in memory: GCC's intrinsics tell the compiler of eight bytes.
+  static void is_used_by_instruction(const Configuration& configuration) {
+    asm volatile("" ::"r"(&configuration) : "memory");
   }
 
   Configuration before_{};
 };
 
-// The left matrix in tiles. Those that are summed in one go follow each other, and behind them come those of the
-// next rows: what lies in the cache together comes from one piece of memory.
+// The left matrix in tiles. Those that are summed in one go follow each other, and behind them come those of
+// the next rows: what lies in the cache together comes from one piece of memory.
 struct Tiled {
   pair* numbers;
   int64_t tall, deep;  // rows of tiles, and pairs that are summed in one go
 
   static int64_t height(int64_t rows) { return up_to(rows, kBlock) / kSide; }
   static int64_t depth(int64_t pairs) { return std::min(kDepth, up_to(pairs, kSide)); }
-  static int64_t size(int64_t rows, int64_t depth_) {
-    const int64_t pairs = blocks(depth_, 2);
+  static int64_t size(int64_t rows, int64_t pairs) {
     return blocks(pairs, kDepth) * height(rows) * depth(pairs) * kSide;
   }
 
@@ -71,7 +80,7 @@ struct Tiled {
   }
 };
 
-// Brings 16 rows of a row-major matrix into tiles.
+// Brings numbers [begin, depth) of 16 rows of a row-major matrix into tiles; zero where there are none.
 void tiles_of_rows(const Matrix& matrix, int64_t row, int64_t rows, int64_t begin, int64_t depth,
                    pair* target) {
   for (; begin < depth; begin += kLine, target += kTile) {
@@ -105,6 +114,7 @@ void tiles_of_columns(const Matrix& matrix, int64_t row, int64_t rows, int64_t b
   }
 }
 
+// The left matrix in tiles; `tiles` holds them.
 Tiled tiled(const Matrix& matrix, int64_t rows, int64_t depth, pair* tiles) {
   const int64_t pairs = blocks(depth, 2);
   const Tiled tiled{tiles, Tiled::height(rows), Tiled::depth(pairs)};
@@ -121,7 +131,7 @@ Tiled tiled(const Matrix& matrix, int64_t rows, int64_t depth, pair* tiles) {
 // What a thread works in.
 struct Scratch {
   alignas(64) pair panel[kPanel];
-  alignas(64) float sums[kRowsOfBlock * kColumns];  // of a block that are not complete yet
+  alignas(64) float sums[kMostRows * kColumns];  // of a block that are not complete yet
   alignas(64) float last[4 * kTile];                // that are
 };
 
@@ -191,7 +201,7 @@ struct Product {
                        int64_t count, bool is_first, const float* sums, float* target,
                        Fetching& fetch, int64_t lines) {
     constexpr int64_t row = kLanes * sizeof(pair);
-    asm volatile("" ::: "memory");  // the compiler does not know that tiles are loaded from memory
+    asm volatile("" ::: "memory");  // which tiles are loaded from, as GCC's intrinsics do not tell
     if (is_first) {
       _tile_zero(0);
       _tile_zero(1);
@@ -269,11 +279,12 @@ struct Product {
 // How many rows a block has: as many as fit the cache, or fewer that no thread is idle.
 int64_t height_of_block(int64_t rows, int64_t columns, int64_t depth) {
   const int64_t fitting = kNumbersOfBlock / std::max<int64_t>(1, depth) / kBlock * kBlock;
-  const int64_t most = std::clamp(fitting, kLeastRows, depth <= 2 * kDepth ? kNumbersOfBlock : kRowsOfBlock);
+  const int64_t limit = depth <= 2 * kDepth ? kNumbersOfBlock : kMostRows;
+  const int64_t most = std::clamp(fitting, kLeastRows, limit);
   const int64_t units = blocks(rows, kBlock), least_down = blocks(rows, most);
   int64_t best = 1;
   double least = std::numeric_limits<double>::infinity();
-  for (int64_t down = least_down; down <= std::max(least_down, units / 4); down++) {
+  for (int64_t down = least_down; down <= std::max(least_down, units / kFewUnits); down++) {
     const int64_t height = blocks(units, down);
     const int64_t panels = blocks(units, height) * blocks(columns, kColumns);
     const double longest = static_cast<double>(blocks(panels, at::get_num_threads()) * height);
@@ -290,7 +301,7 @@ void multiply(const Matrix& left, const Matrix& right, const Result<Number>& res
   const auto memory = [](int64_t pairs) {
     return c10::GetCPUAllocator()->allocate(sizeof(pair) * pairs);
   };
-  const auto for_left = memory(Tiled::size(result.rows, depth));
+  const auto for_left = memory(Tiled::size(result.rows, blocks(depth, 2)));
   const auto for_right = memory(down > 1 ? across * parts * kPanel : 0);
   const Product<Number> product{
       tiled(left, result.rows, depth, static_cast<pair*>(for_left.get())), right,

@@ -276,6 +276,25 @@ def test_writes_stay_outside() -> None:
         assert not any("copy_" in name for name in operators(child.graph)), name  # type: ignore[arg-type]
 
 
+def test_a_fill_that_is_written_to_is_no_constant() -> None:
+    """As the tables are, to which the gradients of embeddings are added."""
+
+    def function(x: Tensor, rows: Tensor, *weights: Tensor) -> tuple[Tensor, ...]:
+        tables = []
+        for weight in weights:
+            x = layer(x, weight)
+        for _ in range(2):
+            table = torch.full((4, WIDTH), 0.0)
+            tables.append(curves(table.bfloat16().exp()))
+            torch.ops.optcpu.add_rows_(table.view(4, WIDTH), rows, x, -1)
+            tables.append(curves(curves(table.bfloat16().exp())))
+        return x, *tables
+
+    inputs = (torch.randn(4, WIDTH), torch.tensor([1, 3, 1, 0]), *weights(3))
+    _, found = shared(function, *inputs)
+    assert found[0].count == 3
+
+
 def test_symbolic_sizes_are_left_alone() -> None:
     module = traced(stack, torch.randn(4, WIDTH), *weights(4), dynamic=[0])
     before = operators(module.graph)
