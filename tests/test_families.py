@@ -54,7 +54,7 @@ def step(model: nn.Module, given: Inputs, autocast: bool = False) -> Result:
     result = {f"output {k}": v.detach().float() for k, v in tensors_of(output).items()}
     result |= {f"buffer {k}": v.float().clone() for k, v in model.named_buffers()}
     gradients = {k: p.grad for k, p in model.named_parameters() if p.grad is not None}
-    return result | {f"gradient {k}": g.clone() for k, g in gradients.items()}
+    return result | {f"gradient {k}": g.float().clone() for k, g in gradients.items()}
 
 
 def no_fallbacks(model: nn.Module) -> bool:
@@ -107,10 +107,16 @@ def test_beside_intels_extension(family: Family) -> None:
     assert_close_in_fp32(step(model, inputs(family, 0)), reference)
 
 
-def test_bf16_is_as_exact_as_autocast(family: Family) -> None:
+@pytest.mark.parametrize("stored", [False, True], ids=["weights in FP32", "stored weights"])
+def test_bf16_is_as_exact_as_autocast(family: Family, stored: bool) -> None:
+    """With an optimizer the weights are split, and their gradients BF16."""
     if family.name == "lstm" and not torch.ops.mkldnn._is_mkldnn_bf16_supported():
         pytest.skip("autocast itself fails on this processor")
-    model = optcpu.optimize(built(family), precision="bf16")
+    model = built(family)
+    if stored:
+        optcpu.optimize(model, torch.optim.AdamW(model.parameters()), precision="bf16")
+    else:
+        optcpu.optimize(model, precision="bf16")
     given = [inputs(family, seed) for seed in range(SEEDS)]
     exact = [step(built(family), i) for i in given]
     autocast = [step(built(family), i, autocast=True) for i in given]
