@@ -19,6 +19,7 @@ from passes.recurrent_steps import kernel_available
 from tests.families import FAMILIES, Family, Inputs, loss_of, tensors_of
 
 QUICK = {"mlp", "autoencoder", "dict-output", "two-inputs"}  # compiled within ten seconds
+STORED = {"mlp", "bert-encoder", "tied-embeddings", "lstm", "conv-linear-mix", "hf-bert"}
 SEEDS = 3  # a BF16 error is judged over several inputs: a single one may be lucky
 
 Result = dict[str, Tensor]
@@ -109,7 +110,9 @@ def test_beside_intels_extension(family: Family) -> None:
 
 @pytest.mark.parametrize("stored", [False, True], ids=["weights in FP32", "stored weights"])
 def test_bf16_is_as_exact_as_autocast(family: Family, stored: bool) -> None:
-    """With an optimizer the weights are split, and their gradients BF16."""
+    """With an optimizer the weights are split, and their gradients BF16: that has passes of its own."""
+    if stored and family.name not in STORED:
+        pytest.skip("one family of each kind is enough, as the products are the same")
     if family.name == "lstm" and not torch.ops.mkldnn._is_mkldnn_bf16_supported():
         pytest.skip("autocast itself fails on this processor")
     model = built(family)
