@@ -49,6 +49,7 @@ class Tiles {
     uint16_t bytes[16];
     uint8_t rows[16];
   };
+  static_assert(sizeof(Configuration) == 64);
 
   static void load(const Configuration& configuration) {
     is_used_by_instruction(configuration);
@@ -319,21 +320,5 @@ void multiply(const Matrix& left, const Matrix& right, const Result<Number>& res
 
 }  // namespace
 
-// As in matmul.cpp. The process must have been given the unit by the system before.
-extern "C" void matmul_bf16(const bf16* left, int64_t left_leading, int64_t left_transposed,
-                            const bf16* right, int64_t right_leading, int64_t right_transposed,
-                            const float* bias, const bf16* residual, int64_t relu, bf16* result,
-                            int64_t rows, int64_t columns, int64_t depth) {
-  multiply<bf16>({left, left_leading, left_transposed != 0},
-                 {right, right_leading, right_transposed != 0},
-                 {bias, residual, relu != 0, result, rows, columns}, depth);
-}
-
-extern "C" void matmul_fp32(const bf16* left, int64_t left_leading, int64_t left_transposed,
-                            const bf16* right, int64_t right_leading, int64_t right_transposed,
-                            const float* bias, const bf16* residual, int64_t relu, float* result,
-                            int64_t rows, int64_t columns, int64_t depth) {
-  multiply<float>({left, left_leading, left_transposed != 0},
-                  {right, right_leading, right_transposed != 0},
-                  {bias, residual, relu != 0, result, rows, columns}, depth);
-}
+// The process must have been given the unit by the system before.
+#include "matmul_interface.h"  // by multiply()
