@@ -37,6 +37,8 @@ _READ_BEYOND_ARGUMENT = (
     aten.as_strided_scatter.default,
 )
 
+_IS_WRITTEN = "optcpu_is_written"
+
 _Row = Sequence[int]  # the places of a block's nodes in the graph's order
 
 
@@ -81,13 +83,18 @@ def is_mutable(node: fx.Node) -> bool:
 
 
 def is_written(node: fx.Node) -> bool:
-    """Whether something may write to the result of a node once that is computed."""
-    return any(
-        is_written(user)
-        if user.target is operator.getitem or may_alias(user)
-        else user.op == "call_function" and is_mutable(user)
-        for user in node.users
-    )
+    """Whether something may write to the result of a node once that is computed.
+
+    Noted in the node's ``meta``, as what all layers use has many users: sharing code changes nothing of it.
+    """
+    if _IS_WRITTEN not in node.meta:
+        node.meta[_IS_WRITTEN] = any(
+            is_written(user)
+            if user.target is operator.getitem or may_alias(user)
+            else user.op == "call_function" and is_mutable(user)
+            for user in node.users
+        )
+    return bool(node.meta[_IS_WRITTEN])
 
 
 def _signature(node: fx.Node) -> str | None:
