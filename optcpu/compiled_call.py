@@ -146,7 +146,8 @@ class CompiledCall:
             self._stored = [p for p in self._model.parameters() if isinstance(p, StoredWeight)]
         meet_ddp(self._model, self._stored)
         try:
-            with gradients_set_aside(self._stored):
+            with gradients_set_aside(self._stored) as aside:
+                self.backend.accumulates = bool(aside)
                 result = self._compiled(*args, **kwargs)
             if self.backend.parts_run == run_before:
                 self._tell_why_nothing_ran()

@@ -8,7 +8,7 @@ from contextlib import contextmanager
 from typing import Any, Literal
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 from torch.optim import Optimizer
 from torch.optim.optimizer import register_optimizer_step_pre_hook
@@ -168,20 +168,25 @@ def _widen_for_others(optimizer: Optimizer, args: Any, options: Any) -> None:
 
 
 @contextmanager
-def gradients_set_aside(weights: Iterable[StoredWeight]) -> Iterator[None]:
+def gradients_set_aside(
+    weights: Iterable[StoredWeight],
+) -> Iterator[list[tuple[StoredWeight, Tensor]]]:
     """Within the block those weights have no gradient that have one of another dtype.
 
     Dynamo does not trace what reads such a weight: in the middle of an accumulation a batch of another
     shape would not be compiled.
+
+    Yields:
+        Those weights with their gradients.
     """
-    aside = []
+    aside: list[tuple[StoredWeight, Tensor]] = []
     for weight in weights:
         gradient = weight.grad
         if gradient is not None and gradient.dtype != weight.dtype:
             aside.append((weight, gradient))
             weight.grad = None
     try:
-        yield
+        yield aside
     finally:
         for weight, gradient in aside:
             weight.grad = gradient

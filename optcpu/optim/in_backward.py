@@ -13,6 +13,7 @@ from torch.utils.hooks import RemovableHandle
 
 from optcpu.errors import OptcpuError
 from optcpu.memory_order import in_one_order, is_dense
+from optcpu.optim.accumulation import add
 from optcpu.optim.weights import StoredWeight
 
 _OUTSIDE = -1  # of any backward pass, as PyTorch numbers them
@@ -164,7 +165,7 @@ class ExpectedGradients:
         if before is None:
             parameter.grad = _in_dtype_of_gradients(parameter, gradient)
         else:
-            before += gradient
+            add(before, gradient)
         if not _TO_COME[id(parameter)] and number not in self._kept:
             for hook in _hooks_of(parameter):
                 hook(parameter)
