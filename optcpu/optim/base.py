@@ -63,6 +63,9 @@ class StoredOptimizer(Optimizer, ABC):
     _slow_weights: Mapping[Tensor, Tensor] | None = None
     _slow_step: float = 0.0
 
+    # What gradients are multiplied by, besides what an option of the optimizer's says.
+    _gradient_scale: float = 1.0
+
     # Of the step that is made.
     _constants: dict[tuple[Any, ...], Constants]
 
@@ -218,7 +221,7 @@ class StoredOptimizer(Optimizer, ABC):
         constants = self._constants.get(key)
         if constants is None:
             constants = self._constants[key] = make(group, *arguments)
-            constants.gradient_scale = -1.0 if group["maximize"] else 1.0
+            constants.gradient_scale = self._gradient_scale * (-1.0 if group["maximize"] else 1.0)
             constants.slow_step = self._slow_step
         return constants
 
@@ -247,6 +250,18 @@ class StoredOptimizer(Optimizer, ABC):
             yield
         finally:
             self._slow_weights = None
+
+    @contextmanager
+    def scaling_gradients(self, scale: float) -> Iterator[None]:
+        """Within the block a step takes each gradient times ``scale``, which costs no pass over memory.
+
+        The gradients stay what they are.
+        """
+        self._gradient_scale = scale
+        try:
+            yield
+        finally:
+            del self._gradient_scale
 
     def _count_steps_in_integers(self) -> None:
         """PyTorch's optimizers count in tensors, which takes longer than a small update."""

@@ -113,7 +113,7 @@ class Lamb(StoredOptimizer):
 
     def update(self, slots: list[Slot]) -> None:
         if self.max_grad_norm is not None:
-            norm = math.sqrt(native.gradient_squares(slots))
+            norm = math.sqrt(native.gradient_squares(slots)) * self._gradient_scale
             for constants in {id(slot.constants): slot.constants for slot in slots}.values():
                 constants.gradient_scale *= min(1.0, self.max_grad_norm / norm) if norm else 1.0
         native.lamb(slots)

@@ -15,6 +15,7 @@ from torch.optim import Optimizer
 from optcpu.errors import OptcpuError, add_note, warn
 from optcpu.measure.batches import Batch, Loss, as_batch, describe_call, units_in
 from optcpu.optim.lookahead import Lookahead
+from optcpu.runtime.clipping import clipping, step_with, total_norm
 from optcpu.runtime.objective import objective
 from optcpu.runtime.updates import count_passes
 from optcpu.runtime.world import World
@@ -199,23 +200,19 @@ class StepRunner:
             name = not_finite(self._trained)
             step.bad = None if name is None else f"the weights of {name!r} are not finite"
             return None
-        numbers = [_numbers(gradient.detach()) for gradient in self._gradients()]
-        norm = torch.nn.utils.get_total_norm(numbers).item()
+        norm = total_norm(self._gradients())
         if not math.isfinite(norm):
             step.bad = f"the norm of the gradient is {norm}"
         return norm
 
     def update(self, norm: float | None) -> None:
         """Clip, update, and forget the gradient."""
-        limit = self._max_grad_norm
+        limit, factor = self._max_grad_norm, 1.0
         if limit is not None and norm is not None:
-            gradients = [_numbers(g) for g in self._gradients()]
-            factor = _clipping(limit, norm, gradients)
-            if factor < 1:  # one pass over the gradients, and only where they are too large
-                torch._foreach_mul_(gradients, factor)
+            factor = clipping(limit, norm, self._gradients())
         if self._frozen:
             self._look_at_unfrozen()
-        self._optimizer.step()
+        step_with(self._optimizer, self._gradients() if factor < 1 else [], factor)
         self.forget_gradients()
         self._steps_alone += 1
         if isinstance(self._optimizer, Lookahead):
@@ -306,22 +303,6 @@ def not_finite(parameters: Mapping[str, nn.Parameter]) -> str | None:
 def gradients_by_name(parameters: Mapping[str, nn.Parameter]) -> dict[str, Tensor]:
     """The gradients that are there, by the names of their parameters."""
     return {name: p.grad for name, p in parameters.items() if p.grad is not None}
-
-
-def _clipping(limit: float, norm: float, gradients: list[Tensor]) -> float:
-    """What ``clip_grad_norm_`` multiplies gradients by, where it is less than 1, computed as there."""
-    double = any(g.dtype in (torch.float64, torch.complex128) for g in gradients)
-    total = torch.tensor(norm, dtype=torch.float64 if double else torch.float32)
-    return (limit / (total + 1e-6)).item()
-
-
-def _numbers(gradient: Tensor) -> Tensor:
-    """The numbers of ``gradient``, each once: those that are stored, if it is sparse."""
-    if not gradient.is_sparse:
-        return gradient
-    if not gradient.is_coalesced():
-        gradient.copy_(gradient.coalesce())
-    return gradient._values()
 
 
 def restore_gradients(parameters: Mapping[str, nn.Parameter], gradients: dict[str, Tensor]) -> None:
