@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from typing import TypeGuard
 
 import torch
 from torch import Tensor
@@ -45,7 +46,8 @@ def clipping(limit: float, norm: float, gradients: Sequence[Tensor]) -> float:
 def step_with(optimizer: Optimizer, gradients: Sequence[Tensor], factor: float) -> None:
     """``optimizer.step()`` with gradients that are multiplied by ``factor`` first.
 
-    PyTorch takes as long for that in BF16 as for an update; an optimizer that can does so while it updates.
+    PyTorch takes as long for that in BF16 as for an update; an optimizer that can does so while it updates,
+    unless hooks are to see the gradients before.
 
     Args:
         optimizer: of their parameters.
@@ -53,13 +55,22 @@ def step_with(optimizer: Optimizer, gradients: Sequence[Tensor], factor: float) 
         factor: by which.
     """
     inner = optimizer.optimizer if isinstance(optimizer, Lookahead) else optimizer
-    if isinstance(inner, StoredOptimizer) and any(map(_is_narrow, gradients)):
+    if _scales(inner) and not _is_watched(optimizer) and any(map(_is_narrow, gradients)):
         with inner.scaling_gradients(factor):
             optimizer.step()
         return
     if gradients:  # one pass over the gradients, and only where they are too large
         torch._foreach_mul_([_numbers(gradient) for gradient in gradients], factor)
     optimizer.step()
+
+
+def _scales(optimizer: Optimizer) -> TypeGuard[StoredOptimizer]:
+    return isinstance(optimizer, StoredOptimizer) and not _is_watched(optimizer)
+
+
+def _is_watched(optimizer: Optimizer) -> bool:
+    """Whether something looks at the gradients when a step begins: a DynamicFreezer, or a user's hook."""
+    return bool(optimizer._optimizer_step_pre_hooks)  # type: ignore[attr-defined]
 
 
 def _is_narrow(gradient: Tensor) -> bool:

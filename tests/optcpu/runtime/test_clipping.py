@@ -91,6 +91,20 @@ def _gradient(parameter: nn.Parameter) -> Tensor:
     return parameter.grad
 
 
+@pytest.mark.skipif(not hasattr(nn.Parameter, "grad_dtype"), reason="gradients are FP32 there")
+@pytest.mark.parametrize("lookahead", [False, True])
+def test_hooks_of_a_step_see_scaled_gradients(lookahead: bool) -> None:
+    parameters = _with_gradients(BF16, 1.0)
+    optimizer: Optimizer = SGD(parameters, lr=0.1)
+    if lookahead:
+        optimizer = Lookahead(optimizer, k=3)
+    expected = [_gradient(p) * 0.5 for p in parameters]
+    seen: list[Tensor] = []
+    optimizer.register_step_pre_hook(lambda *_: seen.extend(_gradient(p) for p in parameters))
+    step_with(optimizer, [_gradient(p) for p in parameters], 0.5)
+    assert all(map(torch.equal, seen, expected))
+
+
 def test_the_next_step_is_not_scaled() -> None:
     (parameter,) = (nn.Parameter(torch.zeros(20, 10)),)
     optimizer = SGD([parameter], lr=1.0)
