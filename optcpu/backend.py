@@ -31,7 +31,6 @@ from optcpu.compiled_backward import allow_backward_again, backward_of
 from optcpu.composites import take_replaced_apart
 from optcpu.errors import CompileError, FallbackWarning, warn
 from optcpu.inductor_hooks import HandOver, JointPasses, KeepRandomNumbers
-from optcpu.optim.accumulation import add_gradients_of
 from optcpu.optim.in_backward import ExpectedGradients, is_updated_in_backward
 from optcpu.optim.weights import StoredWeight
 from optcpu.pipeline import Pipeline, default_passes, resolve_precision
@@ -61,8 +60,6 @@ class Backend:
         hands_over: whether backward graphs that are compiled from now on hand over the gradients of
             parameters one by one; a gradient is accumulated then before the graph ends, and
             ``torch.autograd.grad`` of parameters is refused.
-        accumulates: whether the parts that run now have weights with gradients in BF16, to which those of
-            their backward will be added.
     """
 
     def __init__(
@@ -81,7 +78,6 @@ class Backend:
         self.record = record if record is not None else Record()
         self.parts_run = 0
         self.hands_over = False
-        self.accumulates = False
 
     def __call__(self, module: fx.GraphModule, example_inputs: Sequence[Any]) -> Callable[..., Any]:
         """Compile one captured graph; the calling convention of Dynamo's backends."""
@@ -142,11 +138,9 @@ class Backend:
             nonlocal again
             self.parts_run += 1
             outputs = compiled(*inputs)
-            if leaves or self.accumulates or not again:
+            if leaves or not again:
                 node = backward_of(outputs)
                 again = again or allow_backward_again(node)
-                if self.accumulates and node is not None:
-                    add_gradients_of(node)
                 if leaves and node is not None:
                     receive(node, ExpectedGradients.of(inputs, leaves))
             return outputs

@@ -22,6 +22,7 @@ from optcpu.compiler_settings import (
 from optcpu.hooks import hooks_of, hooks_of_all_modules, hooks_registered
 from optcpu.layout import Layout
 from optcpu.optim import in_backward
+from optcpu.optim.accumulation import add_by_kernel
 from optcpu.optim.in_backward import is_updated_in_backward
 from optcpu.optim.weights import StoredWeight
 from optcpu.pipeline import Pipeline, Precision
@@ -147,8 +148,10 @@ class CompiledCall:
         meet_ddp(self._model, self._stored)
         try:
             with gradients_set_aside(self._stored) as aside:
-                self.backend.accumulates = bool(aside)
                 result = self._compiled(*args, **kwargs)
+            if torch.is_grad_enabled():
+                for weight, _ in aside:
+                    add_by_kernel(weight)
             if self.backend.parts_run == run_before:
                 self._tell_why_nothing_ran()
             return result

@@ -157,10 +157,11 @@ def widen_gradients(weights: Iterable[StoredWeight]) -> None:
 @functools.cache
 def _watch_optimizers() -> None:
     """Let optimizers that are made later, of weights stored for another one, find FP32 gradients."""
-    register_optimizer_step_pre_hook(_widen_for_others)
+    register_optimizer_step_pre_hook(widen_for_others)
 
 
-def _widen_for_others(optimizer: Optimizer, args: Any, options: Any) -> None:
+def widen_for_others(optimizer: Optimizer, args: Any, options: Any) -> None:
+    """What is called before each step of any optimizer: others find FP32 gradients."""
     if isinstance(optimizer, (StoredOptimizer, Lookahead)):
         return  # the one around which Lookahead is comes here as well
     updated = (p for group in optimizer.param_groups for p in group["params"])

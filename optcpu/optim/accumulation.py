@@ -7,11 +7,6 @@ kernel has an addition as a special case: gradient descent by a step of -1. Its 
 
 from __future__ import annotations
 
-import functools
-from collections import Counter
-from collections.abc import Sequence
-from typing import Any
-
 import torch
 from torch import Tensor
 from torch.autograd.graph import get_gradient_edge, increment_version
@@ -25,49 +20,50 @@ _ADD = Constants(step_size=-1.0)
 _LEAST_NUMBERS = 2**14  # of a gradient that is worth a call
 
 
-def add_gradients_of(node: Any) -> None:
-    """Let the kernel add the gradients in BF16 that ``node`` will give to those that are there.
+def add_by_kernel(leaf: Tensor) -> None:
+    """Let the kernel add the next gradient that autograd accumulates into ``leaf``, if it can.
 
-    Left to autograd are those that someone is to see before they are added, a hook say, and those of
-    which the node gives several parts.
+    That is the sum of all parts that one backward pass gives, behind all hooks that were there before.
+    Left to autograd is what a post-accumulate hook waits for.
 
     Args:
-        node: of autograd; its backward is to come.
+        leaf: is used in a graph whose backward is to come.
     """
-    leaves = [getattr(edge, "variable", None) for edge, _ in node.next_functions]
-    times = Counter(map(id, leaves))
-    leaves = [leaf if times[id(leaf)] == 1 else None for leaf in leaves]
-    node.register_hook(functools.partial(_added, leaves))
+    if leaf.requires_grad and not leaf._post_accumulate_grad_hooks:  # type: ignore[attr-defined]
+        _Once(leaf)
+
+
+class _Once:
+    """What autograd calls before it accumulates into ``leaf``, the next time only."""
+
+    def __init__(self, leaf: Tensor) -> None:
+        self._leaf = leaf
+        # The graph keeps the node and this with it; a leaf that is in none has lost both at once.
+        self._handle = get_gradient_edge(leaf).node.register_prehook(self)
+
+    def __call__(self, gradients: tuple[Tensor | None]) -> tuple[None] | None:
+        """Add the gradient, and leave nothing for autograd to add; or leave it the gradient."""
+        self._handle.remove()
+        (gradient,), total = gradients, self._leaf.grad
+        if gradient is None or total is None or not _fit(total, gradient):
+            return None
+        if self._leaf._post_accumulate_grad_hooks or not self._leaf.requires_grad:  # type: ignore[attr-defined]
+            return None
+        _add(total, gradient)
+        return (None,)
 
 
 def add(total: Tensor, gradient: Tensor) -> None:
     """``total += gradient``, by the kernel if it can."""
     if _fit(total, gradient):
-        _add([(total, gradient)])
+        _add(total, gradient)
     else:
         total += gradient
 
 
-def _added(
-    leaves: Sequence[Tensor | None], gradients: Sequence[Any], _: Any
-) -> tuple[Any, ...] | None:
-    """What is left for autograd to add when the kernel has added what it can."""
-    pairs: dict[int, tuple[Tensor, Tensor]] = {}
-    for place, (leaf, gradient) in enumerate(zip(leaves, gradients, strict=True)):
-        if leaf is None or not isinstance(gradient, Tensor):
-            continue
-        total = leaf.grad
-        if total is not None and _fit(total, gradient) and _adds_unseen(leaf):
-            pairs[place] = total, gradient
-    if not pairs:
-        return None
-    _add(list(pairs.values()))
-    return tuple(None if place in pairs else given for place, given in enumerate(gradients))
-
-
-def _add(pairs: Sequence[tuple[Tensor, Tensor]]) -> None:
-    native.sgd([Slot(_ADD, _stored(total), _stored(gradient)) for total, gradient in pairs])
-    increment_version([total for total, _ in pairs])
+def _add(total: Tensor, gradient: Tensor) -> None:
+    native.sgd([Slot(_ADD, _stored(total), _stored(gradient))])
+    increment_version(total)
 
 
 def _stored(numbers: Tensor) -> Stored:
@@ -84,19 +80,9 @@ def _fit(total: Tensor, gradient: Tensor) -> bool:
         and total.shape == gradient.shape
         and total.numel() >= _LEAST_NUMBERS
         and not total.requires_grad
-        and not gradient.requires_grad
+        and not total.is_inference()
+        and not torch.is_grad_enabled()  # then it would be differentiated in turn
         and is_dense(total)
         and in_one_order(total, gradient)
         and native.library_or_none() is not None
     )
-
-
-def _adds_unseen(leaf: Tensor) -> bool:
-    """Whether autograd is to add the gradient that comes, and nothing looks at it on the way."""
-    if leaf._backward_hooks or leaf._post_accumulate_grad_hooks:  # type: ignore[attr-defined]
-        return False
-    node = get_gradient_edge(leaf).node
-    try:
-        return bool(torch._C._will_engine_execute_node(node))  # type: ignore[attr-defined]
-    except RuntimeError:  # torch.autograd.grad() is to return it
-        return False

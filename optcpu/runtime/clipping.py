@@ -4,17 +4,19 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from typing import TypeGuard
+from typing import Any, TypeGuard
 
 import torch
 from torch import Tensor
 from torch.optim import Optimizer
+from torch.optim import optimizer as global_hooks
 
 from optcpu.optim import native
 from optcpu.optim.base import StoredOptimizer
 from optcpu.optim.formats import Format, Stored
 from optcpu.optim.lookahead import Lookahead
 from optcpu.optim.rules import Constants, Slot
+from optcpu.takeover import widen_for_others
 
 
 def total_norm(gradients: Sequence[Tensor]) -> float:
@@ -54,8 +56,8 @@ def step_with(optimizer: Optimizer, gradients: Sequence[Tensor], factor: float) 
         gradients: all that it has; none where there is nothing to multiply.
         factor: by which.
     """
-    inner = optimizer.optimizer if isinstance(optimizer, Lookahead) else optimizer
-    if _scales(inner) and not _is_watched(optimizer) and any(map(_is_narrow, gradients)):
+    inner = optimizer.optimizer if type(optimizer) is Lookahead else optimizer
+    if _scales(inner) and any(map(_is_narrow, gradients)) and not _are_watched(optimizer, inner):
         with inner.scaling_gradients(factor):
             optimizer.step()
         return
@@ -65,12 +67,22 @@ def step_with(optimizer: Optimizer, gradients: Sequence[Tensor], factor: float) 
 
 
 def _scales(optimizer: Optimizer) -> TypeGuard[StoredOptimizer]:
-    return isinstance(optimizer, StoredOptimizer) and not _is_watched(optimizer)
+    """Whether it can scale gradients; a class of the user's may do anything with them."""
+    return isinstance(optimizer, StoredOptimizer) and type(optimizer).__module__.startswith(
+        "optcpu.optim"
+    )
 
 
-def _is_watched(optimizer: Optimizer) -> bool:
-    """Whether something looks at the gradients when a step begins: a DynamicFreezer, or a user's hook."""
-    return bool(optimizer._optimizer_step_pre_hooks)  # type: ignore[attr-defined]
+def _are_watched(*optimizers: Optimizer) -> bool:
+    """Whether something looks at the gradients around a step: a DynamicFreezer, or a user's hook."""
+    hooks: list[Any] = [
+        *global_hooks._global_optimizer_pre_hooks.values(),
+        *global_hooks._global_optimizer_post_hooks.values(),
+    ]
+    for optimizer in optimizers:
+        hooks += optimizer._optimizer_step_pre_hooks.values()  # type: ignore[attr-defined]
+        hooks += optimizer._optimizer_step_post_hooks.values()  # type: ignore[attr-defined]
+    return any(hook is not widen_for_others for hook in hooks)
 
 
 def _is_narrow(gradient: Tensor) -> bool:

@@ -45,6 +45,9 @@ _WORTH_A_WORKER, _WORTH_BUSY_CORES = 5e-3, 40e-3
 _USUAL_STEP = 20e-3
 _PROBES, _PROBE_SECONDS = 3, 0.2
 
+# Of these PyTorch selects no numbers by their indices.
+_NOT_SELECTED = (torch.uint16, torch.uint32, torch.uint64)
+
 _SEARCHES = 3  # for generators in each process, as that takes time
 
 
@@ -134,8 +137,12 @@ class _WholeBatches(Dataset[Any]):
     def __init__(self, dataset: Dataset[Any]) -> None:
         self._dataset = dataset
 
-    def __getitems__(self, indices: list[int]) -> list[torch.Tensor]:
-        return batch_of(self._dataset, indices)
+    def __getitems__(self, indices: list[Any]) -> Any:
+        if all(type(index) is int for index in indices):
+            return batch_of(self._dataset, indices)
+        return default_collate(
+            [self._dataset[index] for index in indices]
+        )  # tensors or slices, say
 
 
 def as_it_is(batch: Any) -> Any:
@@ -149,7 +156,10 @@ def can_batch(dataset: Dataset[Any]) -> bool:
         return can_batch(dataset.dataset)
     if type(dataset) is TensorDataset:
         return all(
-            type(one) is torch.Tensor and one.layout == torch.strided for one in dataset.tensors
+            type(one) is torch.Tensor
+            and one.layout == torch.strided
+            and one.dtype not in _NOT_SELECTED
+            for one in dataset.tensors
         )
     return type(dataset) in (SyntheticDataset, TokenDataset)
 

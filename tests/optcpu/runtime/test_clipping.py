@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from typing import Any
 
 import pytest
 import torch
@@ -11,6 +12,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor, nn
 from torch.optim import Optimizer
+from torch.optim.optimizer import register_optimizer_step_post_hook
 
 from optcpu.optim import SGD, AdamW, Lamb, Lookahead
 from optcpu.runtime.clipping import step_with, total_norm
@@ -92,16 +94,36 @@ def _gradient(parameter: nn.Parameter) -> Tensor:
 
 
 @pytest.mark.skipif(not hasattr(nn.Parameter, "grad_dtype"), reason="gradients are FP32 there")
-@pytest.mark.parametrize("lookahead", [False, True])
-def test_hooks_of_a_step_see_scaled_gradients(lookahead: bool) -> None:
+@pytest.mark.parametrize("where", ["before", "behind", "globally", "around lookahead", "subclass"])
+def test_who_looks_at_a_step_sees_scaled_gradients(where: str) -> None:
     parameters = _with_gradients(BF16, 1.0)
-    optimizer: Optimizer = SGD(parameters, lr=0.1)
-    if lookahead:
-        optimizer = Lookahead(optimizer, k=3)
     expected = [_gradient(p) * 0.5 for p in parameters]
     seen: list[Tensor] = []
-    optimizer.register_step_pre_hook(lambda *_: seen.extend(_gradient(p) for p in parameters))
-    step_with(optimizer, [_gradient(p) for p in parameters], 0.5)
+
+    def look(*_: object) -> None:
+        seen.extend(_gradient(p).clone() for p in parameters)
+
+    class Looks(SGD):
+        def step(self, closure: Any = None) -> Any:
+            look()
+            return super().step(closure)
+
+    optimizer: Optimizer = (Looks if where == "subclass" else SGD)(parameters, lr=0.1)
+    if where == "around lookahead":
+        optimizer = Lookahead(optimizer, k=3)
+    register = {
+        "before": optimizer.register_step_pre_hook,
+        "behind": optimizer.register_step_post_hook,
+        "globally": register_optimizer_step_post_hook,
+        "around lookahead": optimizer.register_step_pre_hook,
+    }.get(where)
+    handle = None if register is None else register(look)
+    try:
+        step_with(optimizer, [_gradient(p) for p in parameters], 0.5)
+    finally:
+        if handle is not None:
+            handle.remove()
+    assert len(seen) == len(expected)
     assert all(map(torch.equal, seen, expected))
 
 

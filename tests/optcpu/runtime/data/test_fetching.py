@@ -45,6 +45,13 @@ LOADERS: dict[str, Callable[[], DataLoader[Any]]] = {
     ),
     "subset": lambda: DataLoader(Subset(DATA, [*range(-3, 0), 5, 7, 9]), 2, shuffle=True),
     "indices as tensors": lambda: DataLoader(DATA, 4, sampler=torch.randperm(23)),  # type: ignore[arg-type]
+    "indices of one number": lambda: DataLoader(
+        DATA,
+        3,
+        sampler=[torch.tensor([1]), torch.tensor([2])],  # type: ignore[arg-type]
+    ),
+    "lists of indices": lambda: DataLoader(DATA, 2, sampler=[[1, 2], [3, 4], [5, 6]]),  # type: ignore[arg-type]
+    "slices": lambda: DataLoader(DATA, 2, sampler=[slice(0, 2), slice(4, 6)]),  # type: ignore[arg-type]
     "channels last": lambda: DataLoader(
         TensorDataset(torch.randn(9, 3, 4, 4).contiguous(memory_format=torch.channels_last)), 2
     ),
@@ -86,10 +93,21 @@ class Loader(DataLoader[Any]):
         DataLoader(DATA, batch_sampler=[[0, 1], [2]]),
         DataLoader(DATA, 4, num_workers=1),
         DataLoader(TensorDataset(torch.eye(4).to_sparse()), 2),
+        DataLoader(TensorDataset(torch.ones(4).to(torch.uint16)), 2),
         Loader(DATA, 4),
         [torch.randn(2)],
     ],
-    ids=["dataset", "collate_fn", "samples", "batch_sampler", "worker", "sparse", "class", "list"],
+    ids=[
+        "dataset",
+        "collate_fn",
+        "samples",
+        "batch_sampler",
+        "worker",
+        "sparse",
+        "unsigned",
+        "class",
+        "list",
+    ],
 )
 def test_what_may_differ_is_left_as_it_is(loader: Any) -> None:
     assert reading_at_once(loader) is loader
