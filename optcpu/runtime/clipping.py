@@ -33,19 +33,19 @@ def total_norm(gradients: Sequence[Tensor]) -> float:
     norm = torch.nn.utils.get_total_norm(others).item() if others or not narrow else 0.0
     if not narrow:
         return norm
-    stored = [Stored(Format.NEAREST, one) for one in narrow]
-    squares = native.gradient_squares([Slot(Constants(), one, one) for one in stored])
+    constants, stored = Constants(), [Stored(Format.NEAREST, one) for one in narrow]
+    squares = native.gradient_squares([Slot(constants, one, one) for one in stored])
     return math.hypot(norm, math.sqrt(squares))
 
 
-def clipping(limit: float, norm: float, gradients: Sequence[Tensor]) -> float:
+def clip_factor(limit: float, norm: float, gradients: Sequence[Tensor]) -> float:
     """What ``clip_grad_norm_`` multiplies gradients by, where it is less than 1, computed as there."""
     double = any(g.dtype in (torch.float64, torch.complex128) for g in gradients)
     total = torch.tensor(norm, dtype=torch.float64 if double else torch.float32)
     return (limit / (total + 1e-6)).item()
 
 
-def step_with(optimizer: Optimizer, gradients: Sequence[Tensor], factor: float) -> None:
+def scaled_step(optimizer: Optimizer, gradients: Sequence[Tensor], factor: float) -> None:
     """``optimizer.step()`` with gradients that are multiplied by ``factor`` first.
 
     PyTorch takes as long for that in BF16 as for an update; an optimizer that can does so while it updates,
@@ -53,16 +53,15 @@ def step_with(optimizer: Optimizer, gradients: Sequence[Tensor], factor: float) 
 
     Args:
         optimizer: of their parameters.
-        gradients: all that it has; none where there is nothing to multiply.
-        factor: by which.
+        gradients: all that it has.
+        factor: by which to multiply them.
     """
     inner = optimizer.optimizer if type(optimizer) is Lookahead else optimizer
     if _scales(inner) and any(map(_is_narrow, gradients)) and not _are_watched(optimizer, inner):
         with inner.scaling_gradients(factor):
             optimizer.step()
         return
-    if gradients:  # one pass over the gradients, and only where they are too large
-        torch._foreach_mul_([_numbers(gradient) for gradient in gradients], factor)
+    torch._foreach_mul_([_numbers(gradient) for gradient in gradients], factor)
     optimizer.step()
 
 

@@ -15,7 +15,7 @@ from torch.optim import Optimizer
 from optcpu.errors import OptcpuError, add_note, warn
 from optcpu.measure.batches import Batch, Loss, as_batch, describe_call, units_in
 from optcpu.optim.lookahead import Lookahead
-from optcpu.runtime.clipping import clipping, step_with, total_norm
+from optcpu.runtime.clipping import clip_factor, scaled_step, total_norm
 from optcpu.runtime.objective import objective
 from optcpu.runtime.updates import count_passes
 from optcpu.runtime.world import World
@@ -209,10 +209,13 @@ class StepRunner:
         """Clip, update, and forget the gradient."""
         limit, factor = self._max_grad_norm, 1.0
         if limit is not None and norm is not None:
-            factor = clipping(limit, norm, self._gradients())
+            factor = clip_factor(limit, norm, self._gradients())
         if self._frozen:
             self._look_at_unfrozen()
-        step_with(self._optimizer, self._gradients() if factor < 1 else [], factor)
+        if factor < 1:
+            scaled_step(self._optimizer, self._gradients(), factor)
+        else:
+            self._optimizer.step()
         self.forget_gradients()
         self._steps_alone += 1
         if isinstance(self._optimizer, Lookahead):

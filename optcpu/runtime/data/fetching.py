@@ -140,9 +140,8 @@ class _WholeBatches(Dataset[Any]):
     def __getitems__(self, indices: list[Any]) -> Any:
         if all(type(index) is int for index in indices):
             return batch_of(self._dataset, indices)
-        return default_collate(
-            [self._dataset[index] for index in indices]
-        )  # tensors or slices, say
+        # Tensors, lists or slices, say: each is a sample to the loader.
+        return default_collate([self._dataset[index] for index in indices])
 
 
 def as_it_is(batch: Any) -> Any:
