@@ -46,6 +46,7 @@ def default_passes(precision: Precision = "bf16") -> list[p.Pass]:
         p.ReadUpperHalves(),
         p.AddEmbeddingGradient(),
         # On each of the two by itself:
+        p.RouteAttention(),
         p.UnfoldAttentionBackward(),
         p.FuseLinearBackward(rounded_bias=precision == "bf16"),
         p.FuseLinear(),

@@ -1,7 +1,7 @@
 """The graph compiler of optcpu: rewrites of training graphs, built on torch alone."""
 
 from passes.activations import SaveOutputsInBf16
-from passes.attention import UnfoldAttentionBackward
+from passes.attention import RouteAttention, UnfoldAttentionBackward
 from passes.base import FunctionPass, Pass, PatternPass, Stage, as_pass, cache_key
 from passes.blocks import Blocks, share_blocks
 from passes.canonicalize import Canonicalize
@@ -40,6 +40,7 @@ __all__ = [
     "PoolBeforeRelu",
     "PoolChannelsLast",
     "ReadUpperHalves",
+    "RouteAttention",
     "RouteProducts",
     "SaveOutputsInBf16",
     "ShareWeightCasts",

@@ -1,4 +1,4 @@
-"""The backward of attention at short and middle lengths, as four batched products.
+"""Attention by kernels of our own, or its backward as batched products where there are none.
 
 PyTorch's flash backward for CPU works through small tiles one by one and takes about six times as long
 as plain batched GEMMs while the matrix of scores still fits into the caches.
@@ -15,10 +15,79 @@ from typing import Any, ClassVar
 import torch
 from torch import fx
 
+from passes import attention_ops, native, native_attention
 from passes.base import Pass, Stage
-from passes.graph import aten, calls, cast, dtype, emit, value
+from passes.graph import aten, calls, cast, dtype, emit, likely_size, same_size, value
 
+_FLASH = aten._scaled_dot_product_flash_attention_for_cpu.default
 _FLASH_BACKWARD = aten._scaled_dot_product_flash_attention_for_cpu_backward.default
+
+
+@dataclass(frozen=True, repr=False)
+class RouteAttention(Pass):
+    """Compute attention in BF16, and its backward, by kernels that keep the scores in the caches.
+
+    Before::
+
+        o, lse = flash(q, k, v, 0.0, is_causal, attn_mask=mask, scale=scale)
+        dq, dk, dv = flash_backward(do, q, k, v, o, lse, 0.0, is_causal, attn_mask=mask, scale=scale)
+
+    After::
+
+        o, lse = optcpu.attention(q, k, v, mask, is_causal, scale)
+        dq, dk, dv = optcpu.attention_backward(do, q, k, v, o, lse, mask, is_causal, scale)
+
+    Left alone are: dropout, boolean masks, grouped heads, widths of heads that are not multiples of 16
+    up to 256, and fewer heads in a batch than there are threads, each of which takes whole heads.
+    Fires once for each operator.
+
+    Args:
+        needs_matrix_unit: do nothing where there is none (AMX): without one PyTorch's libraries are faster.
+    """
+
+    needs_matrix_unit: bool = True
+    stage: ClassVar[Stage] = "split"
+
+    def __call__(self, graph: fx.Graph) -> int:
+        if self.needs_matrix_unit and not native.has_matrix_unit():
+            return 0
+        fired = 0
+        for node in calls(graph, _FLASH, _FLASH_BACKWARD):
+            if _has_own_kernel(node):
+                _route(node)
+                fired += 1
+        return fired
+
+
+def _has_own_kernel(node: fx.Node) -> bool:
+    is_forward = node.target is _FLASH
+    query, key, val = node.args[:3] if is_forward else node.args[1:4]
+    dropout = node.args[3 if is_forward else 6] if len(node.args) > 3 else 0
+    if dropout != 0 or dtype(node.kwargs.get("attn_mask")) == torch.bool:
+        return False
+    if any(dtype(tensor) != torch.bfloat16 for tensor in (query, key, val)):
+        return False
+    batch, heads, _, width = value(query).shape
+    if not same_size(heads, value(key).shape[1]) or value(val).shape[3] != width:
+        return False
+    has_heads_for_all = likely_size(batch) * likely_size(heads) >= torch.get_num_threads()
+    fits = isinstance(width, int) and width in native_attention.WIDTHS
+    return fits and has_heads_for_all and native_attention.available()
+
+
+def _route(node: fx.Node) -> None:
+    is_forward = node.target is _FLASH
+    tensors = node.args[: 3 if is_forward else 6]
+    causal = node.args[4:5] if is_forward else node.args[7:8]
+    scale = node.kwargs.get("scale")
+    if scale is None:
+        scale = 1 / math.sqrt(value(tensors[-1] if is_forward else tensors[1]).shape[-1])
+    target = attention_ops.attention if is_forward else attention_ops.attention_backward
+    mask = node.kwargs.get("attn_mask")
+    with node.graph.inserting_before(node):
+        routed = emit(node, target, *tensors, mask, bool(causal and causal[0]), scale)
+    node.replace_all_uses_with(routed)
+    node.graph.erase_node(node)
 
 
 @dataclass(frozen=True, repr=False)

@@ -15,6 +15,11 @@ from torch import Tensor
 from passes.build import load
 
 
+def has_matrix_unit() -> bool:
+    """Whether there is one (AMX), and the system lets this process use it."""
+    return bool(torch.cpu._is_amx_tile_supported() and torch.cpu._init_amx())
+
+
 def matmul_available() -> bool:
     """Whether :func:`matmul` can run here; builds the kernel if need be."""
     return _library() is not None
@@ -112,14 +117,9 @@ def _address(tensor: Tensor | None) -> ctypes.c_void_p:
 @functools.cache
 def _library() -> ctypes.CDLL | None:
     """The compiled kernel; None where it cannot be built or the processor has no BF16."""
-    if _has_matrix_unit() and (library := _load("matmul_amx.cpp")) is not None:
+    if has_matrix_unit() and (library := _load("matmul_amx.cpp")) is not None:
         return library
     return _load("matmul.cpp") if torch.cpu._is_avx512_bf16_supported() else None
-
-
-def _has_matrix_unit() -> bool:
-    """Whether there is one (AMX), and the system lets this process use it."""
-    return bool(torch.cpu._is_amx_tile_supported() and torch.cpu._init_amx())
 
 
 def _load(name: str) -> ctypes.CDLL | None:

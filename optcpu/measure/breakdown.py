@@ -45,6 +45,8 @@ _BY_NAME: dict[Kind, frozenset[str]] = {
             "linear_add",
             "linear_saving_input",
             "linear_backward",
+            "attention",
+            "attention_backward",
             "scaled_dot_product_attention",
             "_scaled_dot_product_flash_attention_for_cpu",
             "_scaled_dot_product_flash_attention_for_cpu_backward",

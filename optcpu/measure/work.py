@@ -107,6 +107,8 @@ def flop_counter() -> FlopCounterMode:
         custom_mapping={
             attention: _attention,
             aten._scaled_dot_product_flash_attention_for_cpu_backward: _attention_backward,
+            torch.ops.optcpu.attention: _attention,
+            torch.ops.optcpu.attention_backward: _attention_backward,
             aten.mkldnn_rnn_layer: _recurrent_layer,
             aten.mkldnn_rnn_layer_backward: _recurrent_layer_backward,
             torch.ops.optcpu.recurrent_steps: _recurrent_steps,

@@ -1,4 +1,4 @@
-"""The unfolded backward of attention: parity, exact counts, what must be left alone, its operators."""
+"""Attention by its own kernels, and its unfolded backward: parity, counts, near misses, operators."""
 
 from __future__ import annotations
 
@@ -9,8 +9,17 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 from torch.nn import functional
 
-from passes import CancelCasts, Canonicalize, InsertCasts, SinkUpcasts, UnfoldAttentionBackward
-from tests.passes.captured import assert_bf16_parity, assert_parity
+from passes import (
+    CancelCasts,
+    Canonicalize,
+    InsertCasts,
+    RouteAttention,
+    SinkUpcasts,
+    UnfoldAttentionBackward,
+    native,
+    native_attention,
+)
+from tests.passes.captured import Run, assert_bf16_parity, assert_parity, run
 
 EXACT = (Canonicalize(), UnfoldAttentionBackward())
 NAME = "unfold-attention-backward"
@@ -147,3 +156,112 @@ def test_operators() -> None:
         "aten.bmm",  # gradient of the queries
         "aten.bmm",  # gradient of the keys
     ]
+
+
+CASTS = (Canonicalize(), InsertCasts(), SinkUpcasts(), CancelCasts())
+ROUTED = (*CASTS, RouteAttention(needs_matrix_unit=False), UnfoldAttentionBackward())
+ROUTE = "route-attention"
+
+needs_kernel = pytest.mark.skipif(
+    not native_attention.available(), reason="the kernels for attention do not run here"
+)
+
+
+def routed(model: nn.Module, *inputs: Tensor, dynamic: bool | None = None) -> Run:
+    torch._dynamo.reset()
+    return run(model, *inputs, passes=ROUTED, dynamic=dynamic)
+
+
+@needs_kernel
+@pytest.mark.parametrize("causal", [False, True])
+@pytest.mark.parametrize("length", [24, 130])
+def test_routed_error_is_that_of_autocast(causal: bool, length: int) -> None:
+    batches = [(torch.randn(4, length, 64, requires_grad=True),) for _ in range(4)]
+    result = assert_bf16_parity(Attention(width=64, is_causal=causal), batches, ROUTED)
+    assert result.fired(ROUTE) == 2  # forward and backward
+    assert result.fired(NAME) == 0
+
+
+@needs_kernel
+@pytest.mark.parametrize("shape", [(3, 1, 1, 11), (1, 1, 11, 11), (3, 4, 11, 11), (11, 11)])
+def test_routed_masks_of_any_rank(shape: tuple[int, ...]) -> None:
+    mask = torch.randn(shape)
+    batches = [(torch.randn(3, 11, 64, requires_grad=True), mask) for _ in range(4)]
+    assert assert_bf16_parity(Attention(width=64), batches, ROUTED).fired(ROUTE) == 2
+
+
+@needs_kernel
+def test_routed_cross_attention_with_a_scale() -> None:
+    class Scaled(nn.Module):
+        def forward(self, query: Tensor, memory: Tensor) -> Tensor:
+            return functional.scaled_dot_product_attention(query, memory, memory * 2, scale=-0.1)
+
+    batches = [
+        (
+            torch.randn(2, 3, 17, 16, requires_grad=True),
+            torch.randn(2, 3, 13, 16, requires_grad=True),
+        )
+        for _ in range(4)
+    ]
+    assert assert_bf16_parity(Scaled(), batches, ROUTED).fired(ROUTE) == 2
+
+
+@needs_kernel
+def test_routed_symbolic_sizes() -> None:
+    x = torch.randn(3, 17, 64, requires_grad=True)
+    assert routed(Attention(width=64), x, dynamic=True).fired(ROUTE) == 2
+
+
+@needs_kernel
+def test_inference_is_routed() -> None:
+    model = Attention(width=64).requires_grad_(False)
+    assert routed(model, torch.randn(3, 17, 64)).fired(ROUTE) == 1
+
+
+@needs_kernel
+def test_every_attention_is_routed() -> None:
+    x = torch.randn(2, 9, 64, requires_grad=True)
+    model = nn.Sequential(Attention(width=64), Attention(width=64))
+    assert routed(model, x).fired(ROUTE) == 4
+
+
+@needs_kernel
+@pytest.mark.parametrize(
+    "model",
+    [
+        Attention(width=32, heads=4),  # 8 numbers a head
+        Attention(width=64, dropout_p=0.1),
+    ],
+)
+def test_left_to_other_kernels(model: nn.Module) -> None:
+    x = torch.randn(3, 17, model.inward.in_features, requires_grad=True)  # type: ignore[union-attr]
+    assert routed(model, x).fired(ROUTE) == 0
+
+
+@needs_kernel
+def test_fewer_heads_than_threads_are_left_to_other_kernels() -> None:
+    x = torch.randn(1, 17, 64, requires_grad=True)
+    assert routed(Attention(width=64, heads=1), x).fired(ROUTE) == 0
+
+
+def test_fp32_is_not_routed() -> None:
+    x = torch.randn(2, 9, 64, requires_grad=True)
+    passes = (Canonicalize(), RouteAttention(needs_matrix_unit=False))
+    assert assert_parity(Attention(width=64), x, passes=passes).fired(ROUTE) == 0
+
+
+def test_nothing_is_routed_without_a_matrix_unit(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(native, "has_matrix_unit", lambda: False)
+    x = torch.randn(2, 9, 64, requires_grad=True)
+    result = run(Attention(width=64), x, passes=(*CASTS, RouteAttention()))
+    assert result.fired(ROUTE) == 0
+
+
+@needs_kernel
+def test_routed_operators() -> None:
+    x = torch.randn(2, 6, 64, requires_grad=True)
+    result = routed(Attention(width=64, is_causal=True), x)
+    forward, backward = result.operators("forward"), result.operators("backward")
+    assert [name for name in forward if "attention" in name] == ["optcpu.attention"]
+    assert [name for name in backward if "attention" in name] == ["optcpu.attention_backward"]
+    assert "aten.bmm" not in backward

@@ -19,8 +19,8 @@ def unit(request: pytest.FixtureRequest) -> Iterator[None]:
     """Each test runs with the kernel for either."""
     with pytest.MonkeyPatch.context() as patch:
         if request.param == "vector registers":
-            patch.setattr(native, "_has_matrix_unit", lambda: False)
-        elif not native._has_matrix_unit():
+            patch.setattr(native, "has_matrix_unit", lambda: False)
+        elif not native.has_matrix_unit():
             pytest.skip("this processor has no AMX")
         native._library.cache_clear()
         yield
@@ -180,7 +180,7 @@ def test_operands_that_do_not_fit_are_refused(wrong: dict[str, torch.Tensor]) ->
 
 def test_the_matrix_unit_comes_first() -> None:
     library = native._library()
-    if native._has_matrix_unit():
+    if native.has_matrix_unit():
         assert library is not None
         assert "matmul_amx" in library._name
 
