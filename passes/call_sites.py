@@ -46,9 +46,7 @@ class CallSite:
             return self._run(*arguments)
         # It chooses kernels for what nobody has multiplied before.
         result = self._implementation(*arguments)
-        # In BF16 weights may be kept packed, and which copy is multiplied can differ from call to call.
-        settles = arguments[0].dtype == torch.float32 and not packed.any_kept()
-        self._run = self._settle(*arguments) if settles else self._implementation
+        self._run = self._settle(*arguments)
         self._settled_for = present
         return result
 
@@ -58,17 +56,40 @@ def _circumstances() -> tuple[object, ...]:
     return gemm.adoptions(), torch.get_num_threads(), packed.any_kept()
 
 
-def _mm(a: Tensor, b: Tensor) -> gemm.Kernel:
-    return gemm.kernels(a.dtype)[gemm.fastest(a, b)]
+def _or_by_kept(kernel: Run, by_kept: Run) -> Run:
+    """``kernel``, or a product by a packed copy of the weight where one is kept, which can change."""
+    if not packed.any_kept():
+        return kernel
+
+    def run(*arguments: Any) -> Any:
+        product = by_kept(*arguments)
+        return kernel(*arguments) if product is None else product
+
+    return run
+
+
+def _mm(a: Tensor, b: Tensor) -> Run:
+    return _or_by_kept(gemm.kernels(a.dtype)[gemm.fastest(a, b)], _mm_by_kept)
+
+
+def _mm_by_kept(a: Tensor, b: Tensor) -> Tensor | None:
+    return packed.product(a, b.t())
 
 
 def _linear(*arguments: Any) -> Run:
-    return functools.partial(ops.linear_by, ops.kernel_of_linear(*arguments))
+    kernel = functools.partial(ops.linear_by, ops.kernel_of_linear(*arguments))
+    return _or_by_kept(kernel, packed.product)
 
 
 def _linear_add(x: Tensor, weight: Tensor, bias: Tensor | None, residual: Tensor) -> Run:
     kernel = ops.kernel_of_linear(x, weight, bias, "none", residual)
-    return functools.partial(ops.linear_add_by, kernel)
+    return _or_by_kept(functools.partial(ops.linear_add_by, kernel), _linear_add_by_kept)
+
+
+def _linear_add_by_kept(
+    x: Tensor, weight: Tensor, bias: Tensor | None, residual: Tensor
+) -> Tensor | None:
+    return packed.product(x, weight, bias, residual=residual)
 
 
 def _linear_backward(
@@ -77,11 +98,12 @@ def _linear_backward(
     x: Tensor,
     weight: Tensor | None,
     activation: str,
-    *_: Any,
+    _needs_bias: bool,
+    weight_dtype: torch.dtype,
 ) -> Run:
     if saved is not None:  # may be laid out otherwise
         gradient = ops.activation_backward(gradient, saved, activation)
-    for_weight = _mm(gradient.t(), x)
+    for_weight = ops.kernel_for_weight(gradient.t(), x, weight_dtype)
     # Without a weight it is not called.
     for_input = for_weight if weight is None else _mm(gradient, weight)
     return functools.partial(ops.linear_backward_by, for_input, for_weight)

@@ -299,19 +299,24 @@ def linear_backward_by(
 
 def _weight_gradient(transposed: Tensor, x: Tensor, dtype: torch.dtype) -> Tensor:
     """``transposed @ x`` in ``dtype``; shapes (N, M) and (M, K)."""
+    return kernel_for_weight(transposed, x, dtype)(transposed, x)
+
+
+def kernel_for_weight(transposed: Tensor, x: Tensor, dtype: torch.dtype) -> Kernel:
+    """The fastest kernel for :func:`_weight_gradient`."""
+    plain = kernels(x.dtype)[fastest(transposed, x)]
     if dtype == transposed.dtype:
-        return matmul(transposed, x)
+        return plain
 
-    def narrow() -> Tensor:
-        return matmul(transposed, x).to(dtype)
-
-    def wide() -> Tensor:
-        return native.matmul(transposed, x, dtype=dtype)
+    def narrow(a: Tensor, b: Tensor) -> Tensor:
+        return plain(a, b).to(dtype)
 
     if is_small(transposed.numel() * x.shape[1], x.dtype) or not native.matmul_available():
-        return narrow()
-    key = f"fp32 {shape_key(transposed, x)}"
-    return wide() if choose(key, {"narrow": narrow, "wide": wide}, "wide") == "wide" else narrow()
+        return narrow
+    wide = functools.partial(native.matmul, dtype=dtype)
+    by_name: dict[str, Kernel] = {"narrow": narrow, "wide": wide}
+    runs = {name: functools.partial(kernel, transposed, x) for name, kernel in by_name.items()}
+    return by_name[choose(f"fp32 {shape_key(transposed, x)}", runs, "wide")]
 
 
 def activation_backward(gradient: Tensor, saved: Tensor, activation: str) -> Tensor:

@@ -15,10 +15,11 @@ import weakref
 from dataclasses import dataclass, field
 from typing import Any, Protocol, TypeAlias
 
+import torch
 from torch import Tensor
 from torch.profiler import record_function
 
-from passes.gemm import fastest, is_small, kernels, remembered, shape_key, times
+from passes.gemm import adoptions, fastest, is_small, kernels, remembered, shape_key, times
 
 # Which part of the weight's memory, in which order, is multiplied by how many rows.
 Place: TypeAlias = tuple[int, tuple[int, ...], tuple[int, ...], int]
@@ -70,6 +71,7 @@ class _Kept:
         uses_before: the same between the last two changes.
         packed: the copies by place, and the version that they are of.
         thresholds: by place, how many products between two changes a packed copy pays from; 0 for none.
+        thresholds_for: what they depend on besides: choices that were adopted, and the number of threads.
     """
 
     weight: weakref.ref[Tensor]
@@ -81,6 +83,7 @@ class _Kept:
     uses_before: dict[Place, int] = field(default_factory=dict)
     packed: dict[Place, tuple[Version, Any]] = field(default_factory=dict)
     thresholds: dict[Place, int] = field(default_factory=dict)
+    thresholds_for: tuple[int, int] = (0, 0)
 
     def packed_for(self, x: Tensor, weight: Tensor, version: Version) -> Any:
         """The packed copy to multiply ``x`` by; None where plain ``weight`` is the better choice."""
@@ -92,7 +95,7 @@ class _Kept:
         of_version, copy = self.packed.get(place, (None, None))
         if of_version == version:
             return copy
-        threshold = self.thresholds[place] = self.pays_from(x, weight)
+        threshold = self._threshold(place, x, weight)
         if self._is_full(place) or not _NEVER < threshold <= self._expected(place):
             self.packed.pop(place, None)
             return None
@@ -100,6 +103,16 @@ class _Kept:
             copy = self.packing.pack(weight, x.shape[0], copy)
         self.packed[place] = version, copy
         return copy
+
+    def _threshold(self, place: Place, x: Tensor, weight: Tensor) -> int:
+        present = adoptions(), torch.get_num_threads()
+        if present != self.thresholds_for:
+            self.thresholds_for = present
+            self.thresholds.clear()
+        threshold = self.thresholds.get(place)
+        if threshold is None:
+            threshold = self.thresholds[place] = self.pays_from(x, weight)
+        return threshold
 
     def _begin(self, version: Version) -> None:
         """The weight has changed; places that are multiplied no more are forgotten."""

@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from optcpu.layout.native import NativePacking
-from passes import gemm, ops, packed
+from passes import call_sites, gemm, ops, packed
 
 DTYPES = [torch.float32]
 if gemm.onednn_available() and torch.ops.mkldnn._is_mkldnn_bf16_supported():
@@ -135,6 +135,56 @@ def test_every_fused_operator_multiplies_by_the_copy(
     entry = packed.kept(weight)
     assert entry is not None
     assert entry.standing() == ("native", "a packed copy is kept until the weight changes")
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("operator", call_sites.DIRECT)
+def test_call_sites_multiply_by_the_copy(pays_from: Any, operator: str, dtype: torch.dtype) -> None:
+    pays_from(1)
+    x, weight, y = (torch.randn(s).to(dtype) for s in ((9, 32), (48, 32), (9, 48)))
+    arguments: tuple[Any, ...] = {
+        "mm": (x, weight.t()),
+        "linear": (x, weight, None, "relu"),
+        "linear_add": (x, weight, None, y),
+        "linear_backward": (y, None, x, weight, "none", False, dtype),
+    }[operator]
+    site = call_sites.CallSite(operator)
+    site(*arguments)  # which settles its kernels
+    packed.keep(weight, NativePacking())
+    entry = packed.kept(weight)
+    assert entry is not None
+    for _ in range(3):
+        before = entry.version
+        result = site(*arguments)
+        assert entry.version != before, "the copy was passed over"
+        torch.testing.assert_close(
+            result, getattr(torch.ops.optcpu, operator).default(*arguments), rtol=0, atol=0
+        )
+        weight.mul_(2)
+    assert len(entry.packed) == 1
+
+
+def test_what_pays_is_asked_once_for_each_number_of_threads(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    asked: list[int] = []
+    monkeypatch.setattr(
+        packed._Kept, "pays_from", lambda *_: asked.append(torch.get_num_threads()) or 5
+    )
+    weight, x, threads = torch.randn(6, 5), torch.randn(3, 5), torch.get_num_threads()
+    packed.keep(weight, Copies())
+    try:
+        for count in (threads, threads, 1, 1):
+            torch.set_num_threads(count)
+            for _ in range(2):
+                packed.product(x, weight)
+                weight.mul_(2)
+    finally:
+        torch.set_num_threads(threads)
+    assert asked == [threads, 1]
+    gemm.adopt({})  # choices of another process come first from here on
+    packed.product(x, weight)
+    assert asked == [threads, 1, threads]
 
 
 SIZES = st.integers(1, 70)
