@@ -22,7 +22,6 @@ constexpr int64_t kQueries = 64;  // of a block
 constexpr int64_t kKeys = 256;    // of a block: its scores stay in the second-level cache
 constexpr int64_t kStep = 2 * kLanes;  // keys that are transposed at a time
 constexpr float kInfinity = std::numeric_limits<float>::infinity();
-constexpr float kLog2E = 1.44269504f, kLn2 = 0.693147181f;
 
 int64_t up_to(int64_t length, int64_t block) { return blocks(length, block) * block; }
 
@@ -52,9 +51,10 @@ struct Call {
   Heads d_out, d_query, d_key, d_value;  // of the backward alone
 };
 
-// 2^x; correctly rounded but for one in the last place or so (a polynomial of minimax coefficients), and zero
-// where it would be subnormal: those take the processor a hundred times as long.
-inline __attribute__((always_inline)) __m512 exp2(__m512 x) {
+// e^x as a power of two by a polynomial, with a relative error of at most 1e-7 |x|; zero where it would be
+// subnormal, as those take the processor a hundred times as long.
+inline __attribute__((always_inline)) __m512 exp(__m512 x) {
+  x *= _mm512_set1_ps(1.44269504f);
   const __mmask16 normal = _mm512_cmp_ps_mask(x, _mm512_set1_ps(-126), _CMP_NLT_UQ);  // keeps NaN
   const __m512 whole = _mm512_roundscale_ps(x, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
   const __m512 rest = x - whole;
@@ -85,7 +85,7 @@ struct Head {
   }
 };
 
-// How the products of queries and keys of a block become scores: scaled, masked, and in powers of two.
+// How the products of queries and keys of a block become scores: scaled and masked.
 struct Scores {
   const float* mask;  // of the first query and key; null where nothing is added
   int64_t mask_query, mask_key;
@@ -101,7 +101,7 @@ struct Scores {
         before(key - query),
         queries(head.sizes.queries - query),
         causal(head.sizes.causal),
-        scale(static_cast<float>(head.sizes.scale) * kLog2E) {}
+        scale(static_cast<float>(head.sizes.scale)) {}
 
   // Whether any of `keys` of them is masked.
   bool masked(int64_t keys) const { return mask != nullptr || (causal && before + keys > 1); }
@@ -112,7 +112,7 @@ struct Scores {
                                                   int64_t key) const {
     __m512 scores = _mm512_load_ps(products + key * kQueries + lane) * _mm512_set1_ps(scale);
     if (!kMasked) return scores;
-    if (mask != nullptr) scores += added(lane, key) * _mm512_set1_ps(kLog2E);
+    if (mask != nullptr) scores += added(lane, key);
     if (!causal) return scores;
     const __m512i query = _mm512_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15);
     const __m512i hidden = _mm512_set1_epi32(static_cast<int>(before + key - lane));
@@ -286,14 +286,14 @@ struct Backward {
     rounded_rows(s.d_query, width, count, width, head, call.d_query, q);
   }
 
-  // Log-sum-exps in powers of two, and sums of dO * O over each row; of queries that are not there, or see no
-  // key, the former is infinite, which makes the probabilities zero.
+  // Log-sum-exps, and sums of dO * O over each row; of queries that are not there, or see no key, the former
+  // is infinite, which makes the probabilities zero.
   void sums_of_rows(const Head& head, const Scratch& s, int64_t q, int64_t count) const {
     std::fill_n(s.row_sums, kQueries, 0.0f);
     std::fill_n(s.logsumexp, kQueries, kInfinity);
     for (int64_t i = 0; i < count; i++) {
       const float saved = *head.row(call.logsumexp, q + i);
-      if (saved != -kInfinity) s.logsumexp[i] = saved * kLog2E;
+      if (saved != -kInfinity) s.logsumexp[i] = saved;
       __m512 sums = _mm512_setzero_ps();
       for (int64_t c = 0; c < call.sizes.width; c += kLanes)
         sums += wide_at(head.row(call.out, q + i) + c) * wide_at(head.row(call.d_out, q + i) + c);
@@ -314,7 +314,7 @@ struct Backward {
       const __m512 row_sums = _mm512_load_ps(s.row_sums + lane);
       const auto of_row = [&](int64_t row) {
         const int64_t place = row * kQueries + lane;
-        const __m512 probabilities = exp2(scores.at<kMasked>(s.scores, lane, row) - logsumexp);
+        const __m512 probabilities = exp(scores.at<kMasked>(s.scores, lane, row) - logsumexp);
         const __m512 d_scores =
             scale * probabilities * (_mm512_load_ps(s.d_probabilities + place) - row_sums);
         store_rounded(probabilities, s.probabilities + place);
@@ -351,9 +351,10 @@ struct Forward {
   }
 
   void one(const Head& head, const Scratch& s) const {
-    pairs_of_rows(head.row(call.value, 0), call.value.row, call.sizes.keys, call.sizes.width, s.values, wide());
-    for (int64_t q = 0; q < call.sizes.queries; q += kQueries)
-      block(head, s, q, std::min(kQueries, call.sizes.queries - q));
+    const Sizes& sizes = call.sizes;
+    pairs_of_rows(head.row(call.value, 0), call.value.row, sizes.keys, sizes.width, s.values, wide());
+    for (int64_t q = 0; q < sizes.queries; q += kQueries)
+      block(head, s, q, std::min(kQueries, sizes.queries - q));
   }
 
   void block(const Head& head, const Scratch& s, int64_t q, int64_t count) const {
@@ -375,7 +376,7 @@ struct Forward {
               wide(), s.out, width, true);
     }
     for (int64_t i = 0; i < count; i++) {
-      *head.row(call.logsumexp, q + i) = s.largest[i] * kLn2 + std::log(s.sums[i]);
+      *head.row(call.logsumexp, q + i) = s.largest[i] + std::log(s.sums[i]);
       s.shrinks[i] = s.sums[i] == 0 ? 1 : 1 / s.sums[i];  // a query that sees no key has a zero output
     }
     scale_rows(s.out, s.shrinks, count);
@@ -387,26 +388,27 @@ struct Forward {
       for (int64_t c = 0; c < call.sizes.width; c++) rows[i * call.sizes.width + c] *= factors[i];
   }
 
-  // Powers of the scores less the largest so far, their sums, and by how much what was summed before shrinks.
+  // Exponentials of the scores less the largest so far, their sums, and by how much what was summed before
+  // shrinks.
   template <bool kMasked>
   void probabilities(const Scores scores, const Scratch& s, int64_t lanes, int64_t keys) const {
     for (int64_t lane = 0; lane < lanes; lane += kLanes) {
       const __m512 before = _mm512_load_ps(s.largest + lane);
       __m512 largest = before;
       for (int64_t row = 0; row < keys; row++) {
-        const __m512 powers = scores.at<kMasked>(s.scores, lane, row);
-        _mm512_store_ps(s.scores + row * kQueries + lane, powers);
-        largest = _mm512_max_ps(largest, powers);
+        const __m512 of_key = scores.at<kMasked>(s.scores, lane, row);
+        _mm512_store_ps(s.scores + row * kQueries + lane, of_key);
+        largest = _mm512_max_ps(largest, of_key);
       }
       // Infinity less infinity would be no number.
       const __mmask16 sees_none = _mm512_cmpeq_ps_mask(largest, _mm512_set1_ps(-kInfinity));
       const __m512 base = _mm512_mask_mov_ps(largest, sees_none, _mm512_setzero_ps());
-      const __m512 shrinks = exp2(before - base);
+      const __m512 shrinks = exp(before - base);
       __m512 sums = _mm512_load_ps(s.sums + lane) * shrinks;
       const auto of_row = [&](int64_t row) {
-        const __m512 power = exp2(_mm512_load_ps(s.scores + row * kQueries + lane) - base);
-        sums += power;
-        return power;
+        const __m512 exponential = exp(_mm512_load_ps(s.scores + row * kQueries + lane) - base);
+        sums += exponential;
+        return exponential;
       };
       for (int64_t step = 0; step < keys; step += kStep)
         transposed(of_row, step, keys, s.probabilities_by_query + lane * kKeys + step);

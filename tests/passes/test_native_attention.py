@@ -165,6 +165,20 @@ def test_queries_that_see_no_key() -> None:
 
 
 @needs_kernel
+def test_the_least_number_as_a_mask() -> None:
+    """Models mask with it; a query that sees no key weighs all of them alike, as PyTorch has it."""
+    query, key, value = (tensor(2, 2, 5, 16) for _ in range(3))
+    mask = torch.full((2, 1, 5, 5), torch.finfo(torch.float32).min)
+    mask[0] = mask[0].triu(1)  # of the second sequence all is padding
+    flash = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
+    expected = flash(query, key, value, attn_mask=mask, scale=SCALE)
+    results = native_attention.attention(query, key, value, mask, False, SCALE)
+    torch.testing.assert_close(results, expected, rtol=1e-2, atol=1e-2)
+    average = value[1].float().mean(1, keepdim=True).expand_as(value[1])
+    torch.testing.assert_close(results[0][1].float(), average, rtol=1e-2, atol=1e-2)
+
+
+@needs_kernel
 def test_no_keys_at_all() -> None:
     query, key = tensor(1, 2, 3, 16), tensor(1, 2, 0, 16)
     output, logsumexp, d_query, d_key, _ = computed(query, key, key, None, False, query)
