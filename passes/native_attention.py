@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import ctypes
 import functools
+import itertools
 import struct
 from collections.abc import Sequence
 from pathlib import Path
@@ -44,12 +45,12 @@ def attention(
         log-sum-exp of the scores, (batch, heads, queries), FP32, in memory as (batch, queries, heads).
 
     Raises:
-        RuntimeError: the kernels are not available.
+        RuntimeError: the kernels are not available, or cannot have the memory that they need.
         ValueError: shapes or dtypes do not fit each other.
     """
     _check(query, key, value)
     output, logsumexp = empty_results(query)
-    _run("attention", (query, key, value, output), mask, logsumexp, causal, scale)
+    _run("attention", (query, key, value), (output,), mask, logsumexp, causal, scale)
     return output, logsumexp
 
 
@@ -75,7 +76,7 @@ def attention_backward(
         BF16, of the shapes of query, key and value, in memory as (batch, length, heads, width).
 
     Raises:
-        RuntimeError: the kernels are not available.
+        RuntimeError: the kernels are not available, or cannot have the memory that they need.
         ValueError: shapes or dtypes do not fit each other.
     """
     _check(query, key, value, gradient, output)
@@ -85,8 +86,8 @@ def attention_backward(
             f"{tuple(query.shape[:3])} is expected"
         )
     gradients = empty_by_rows(query), empty_by_rows(key), empty_by_rows(value)
-    tensors = (query, key, value, output, gradient, *gradients)
-    _run("attention_backward", tensors, mask, logsumexp, causal, scale)
+    given = (query, key, value, output, gradient)
+    _run("attention_backward", given, gradients, mask, logsumexp, causal, scale)
     return gradients
 
 
@@ -104,11 +105,6 @@ def empty_by_rows(like: Tensor) -> Tensor:
     return like.new_empty(batch, length, heads, width).transpose(1, 2)
 
 
-def _has_rows(tensor: Tensor) -> bool:
-    """Whether rows are contiguous, one behind the other."""
-    return tensor.stride(3) == 1 and tensor.stride(2) >= tensor.shape[3]
-
-
 def _check(query: Tensor, key: Tensor, value: Tensor, *like_query: Tensor) -> None:
     """The kernel would read whatever lies where the numbers should."""
     batch, heads, _, width = query.shape
@@ -123,15 +119,10 @@ def _check(query: Tensor, key: Tensor, value: Tensor, *like_query: Tensor) -> No
         )
 
 
-# What a kernel reads (the struct Call in its source): sizes, whether causal, and the scale; of mask and
-# log-sum-exp the address and strides; of tensors the address and the distances of batches, heads and rows.
-_HEAD, _TABLE, _TENSOR = "6qd", "5q", "4q"
-_NO_TABLE = (0, 0, 0, 0, 0)
-
-
 def _run(
     kernel: str,
-    tensors: Sequence[Tensor],
+    given: Sequence[Tensor],
+    results: Sequence[Tensor],
     mask: Tensor | None,
     logsumexp: Tensor,
     causal: bool,
@@ -143,31 +134,52 @@ def _run(
         raise RuntimeError(
             "the kernels for attention in BF16 cannot be built or run on this machine"
         )
-    _call(library, kernel, tensors, mask, logsumexp, causal, scale)
+    given = [tensor if _has_rows(tensor) else tensor.contiguous() for tensor in given]
+    (batch, heads, queries, width), keys = given[0].shape, given[1].shape[2]
+    if mask is not None:
+        mask = mask.float().expand(batch, heads, queries, keys)
+    problem = _call(
+        library,
+        kernel,
+        (batch, heads, queries, keys, width, causal, scale),
+        _NO_TABLE if mask is None else (mask.data_ptr(), *mask.stride()),
+        (logsumexp.data_ptr(), *logsumexp.stride(), 0),
+        [_described(tensor) for tensor in (*given, *results)],
+    )
+    if problem is not None:
+        raise RuntimeError(f"a kernel for attention in BF16 failed: {problem}")
+
+
+def _has_rows(tensor: Tensor) -> bool:
+    """Whether rows are contiguous, one behind the other."""
+    return tensor.stride(3) == 1 and (tensor.stride(2) >= tensor.shape[3] or tensor.shape[2] == 1)
+
+
+def _described(tensor: Tensor) -> tuple[int, ...]:
+    batch, heads, rows, _ = tensor.stride()
+    # Between rows of which there is but one any number may stand.
+    return tensor.data_ptr(), batch, heads, rows if tensor.shape[2] > 1 else tensor.shape[3]
+
+
+# What a kernel reads (the struct Call in its source): sizes, whether causal, and the scale; of mask and
+# log-sum-exp the address and strides; of tensors the address and the distances of batches, heads and rows.
+_HEAD, _TABLE, _TENSOR = "6qd", "5q", "4q"
+_NO_TABLE = (0, 0, 0, 0, 0)
 
 
 def _call(
     library: ctypes.CDLL,
     kernel: str,
-    tensors: Sequence[Tensor],
-    mask: Tensor | None,
-    logsumexp: Tensor,
-    causal: bool,
-    scale: float,
-) -> bool:
-    tensors = [tensor if _has_rows(tensor) else tensor.contiguous() for tensor in tensors]
-    (batch, heads, queries, width), keys = tensors[0].shape, tensors[1].shape[2]
-    numbers: list[float] = [batch, heads, queries, keys, width, causal, scale]
-    if mask is None:
-        numbers += _NO_TABLE
-    else:
-        mask = mask.float().expand(batch, heads, queries, keys)
-        numbers += (mask.data_ptr(), *mask.stride())
-    numbers += (logsumexp.data_ptr(), *logsumexp.stride(), 0)
-    for tensor in tensors:
-        numbers += (tensor.data_ptr(), *tensor.stride()[:3])
+    head: Sequence[float],
+    mask: Sequence[int],
+    logsumexp: Sequence[int],
+    tensors: Sequence[Sequence[int]],
+) -> str | None:
+    """Why it could not be done; None if it was."""
     layout = _HEAD + 2 * _TABLE + len(tensors) * _TENSOR
-    return bool(getattr(library, kernel)(struct.pack(layout, *numbers)))
+    numbers = itertools.chain(head, mask, logsumexp, *tensors)
+    problem: bytes | None = getattr(library, kernel)(struct.pack(layout, *numbers))
+    return None if problem is None else problem.decode(errors="replace")
 
 
 @functools.cache
@@ -176,8 +188,14 @@ def _library() -> ctypes.CDLL | None:
     if not torch.cpu._is_avx512_bf16_supported() or not torch.backends.mkldnn.is_available():
         return None
     library = load(Path(__file__).parent / "kernels" / "attention.cpp")
-    one = torch.zeros(1, 1, 1, WIDTHS[0], dtype=torch.bfloat16)
-    runs = library is not None and _call(
-        library, "attention", (one, one, one, one.clone()), None, torch.zeros(1, 1, 1), False, 1.0
-    )
-    return library if runs else None
+    if library is None:
+        return None
+    library.attention.restype = library.attention_backward.restype = ctypes.c_char_p
+    # One query, and no tensor: those are fakes while a graph is compiled.
+    width = WIDTHS[0]
+    row, output, logsumexp = (ctypes.create_string_buffer(4 * width) for _ in range(3))
+    given, result = ((ctypes.addressof(room), width, width, width) for room in (row, output))
+    table = (ctypes.addressof(logsumexp), 0, 0, 0, 0)
+    sizes = (1, 1, 1, 1, width, False, 1.0)
+    problem = _call(library, "attention", sizes, _NO_TABLE, table, [given, given, given, result])
+    return library if problem is None else None

@@ -9,10 +9,12 @@
 
 #include <ATen/native/CPUBlas.h>
 #include <c10/core/CPUAllocator.h>
+#include <c10/util/Exception.h>
 
 #include <cmath>
 #include <exception>
 #include <limits>
+#include <string>
 
 #include "result.h"
 
@@ -419,10 +421,17 @@ struct Forward {
   }
 };
 
-// Runs forward or backward over all heads; returns whether it could: PyTorch's products may not be there for
-// this processor.
+// Keeps what went wrong for the caller of this thread.
+const char* kept(const char* problem) {
+  static thread_local std::string text;
+  text = problem;
+  return text.c_str();
+}
+
+// Runs forward or backward over all heads; returns why it could not, or null. There may be no memory, or none
+// of PyTorch's products for this processor.
 template <typename Direction>
-int run(const Direction& direction) try {
+const char* run(const Direction& direction) try {
   const Sizes& sizes = direction.call.sizes;
   int64_t bytes = 0;
   direction.scratch([&](auto*& piece, int64_t count) {
@@ -437,14 +446,16 @@ int run(const Direction& direction) try {
       direction.one({sizes, i / sizes.heads, i % sizes.heads}, scratch);
     at::native::cpublas::brgemm_release();
   });
-  return 1;
-} catch (const std::exception&) {
-  return 0;
+  return nullptr;
+} catch (const c10::Error& error) {
+  return kept(error.what_without_backtrace());
+} catch (const std::exception& error) {
+  return kept(error.what());
 }
 
 }  // namespace
 
 extern "C" {
-int attention(const Call* call) { return run(Forward{*call}); }
-int attention_backward(const Call* call) { return run(Backward{*call}); }
+const char* attention(const Call* call) { return run(Forward{*call}); }
+const char* attention_backward(const Call* call) { return run(Backward{*call}); }
 }
