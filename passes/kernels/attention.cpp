@@ -22,9 +22,6 @@ namespace {
 struct Backward {
   const Call& call;
 
-  // Between rows of pairs.
-  int64_t wide() const { return up_to(call.sizes.width, kColumns); }
-
   // What a thread works in.
   struct Scratch {
     float *scores, *d_probabilities, *d_query, *d_key, *d_value, *logsumexp, *row_sums;
@@ -41,8 +38,8 @@ struct Backward {
     for (float** row : {&s.logsumexp, &s.row_sums}) take(*row, kQueries);
     for (bf16** block : {&s.probabilities, &s.d_scores, &s.d_scores_by_query})
       take(*block, kKeys * kQueries);
-    take(s.keys, blocks(keys, 2) * wide());
-    for (pair** rows : {&s.queries, &s.d_out}) take(*rows, kQueries / 2 * wide());
+    take(s.keys, blocks(keys, 2) * call.sizes.wide());
+    for (pair** rows : {&s.queries, &s.d_out}) take(*rows, kQueries / 2 * call.sizes.wide());
     for (pair** columns : {&s.query_columns, &s.d_out_columns})
       take(*columns, up_to(blocks(width, 2), kLanes) * kQueries);
     return s;
@@ -52,7 +49,7 @@ struct Backward {
     const int64_t width = call.sizes.width, all = call.sizes.keys * width;
     std::fill_n(s.d_key, all, 0.0f);
     std::fill_n(s.d_value, all, 0.0f);
-    pairs_of_rows(head.row(call.key, 0), call.key.row, call.sizes.keys, width, s.keys, wide());
+    pairs_of_rows(head.row(call.key, 0), call.key.row, call.sizes.keys, width, s.keys, call.sizes.wide());
     for (int64_t q = 0; q < call.sizes.queries; q += kQueries)
       block(head, s, q, std::min(kQueries, call.sizes.queries - q));
     rounded_rows(s.d_key, width, call.sizes.keys, width, head, call.d_key, 0);
@@ -64,8 +61,8 @@ struct Backward {
     const int64_t seen = head.seen(q + count);
     pairs_of_columns(head.row(call.query, q), call.query.row, width, count, s.query_columns);
     pairs_of_columns(head.row(call.d_out, q), call.d_out.row, width, count, s.d_out_columns);
-    pairs_of_rows(head.row(call.query, q), call.query.row, count, width, s.queries, wide());
-    pairs_of_rows(head.row(call.d_out, q), call.d_out.row, count, width, s.d_out, wide());
+    pairs_of_rows(head.row(call.query, q), call.query.row, count, width, s.queries, call.sizes.wide());
+    pairs_of_rows(head.row(call.d_out, q), call.d_out.row, count, width, s.d_out, call.sizes.wide());
     sums_of_rows(head, s, q, count);
     std::fill_n(s.d_query, kQueries * width, 0.0f);
     for (int64_t k = 0; k < seen; k += kKeys) {
@@ -77,12 +74,12 @@ struct Backward {
         gradients<true>(scores, s, lanes, keys);
       else
         gradients<false>(scores, s, lanes, keys);
-      product(keys, width, depth, s.probabilities, kQueries, s.d_out, wide(), s.d_value + k * width,
+      product(keys, width, depth, s.probabilities, kQueries, s.d_out, call.sizes.wide(), s.d_value + k * width,
               width, true);
-      product(keys, width, depth, s.d_scores, kQueries, s.queries, wide(), s.d_key + k * width,
+      product(keys, width, depth, s.d_scores, kQueries, s.queries, call.sizes.wide(), s.d_key + k * width,
               width, true);
-      product(count, width, up_to(keys, 2), s.d_scores_by_query, kKeys, s.keys + k / 2 * wide(),
-              wide(), s.d_query, width, true);
+      product(count, width, up_to(keys, 2), s.d_scores_by_query, kKeys, s.keys + k / 2 * call.sizes.wide(),
+              call.sizes.wide(), s.d_query, width, true);
     }
     rounded_rows(s.d_query, width, count, width, head, call.d_query, q);
   }
@@ -132,9 +129,6 @@ struct Backward {
 struct Forward {
   const Call& call;
 
-  // Between rows of pairs.
-  int64_t wide() const { return up_to(call.sizes.width, kColumns); }
-
   // What a thread works in.
   struct Scratch {
     float *scores, *out, *largest, *sums, *shrinks;
@@ -148,14 +142,14 @@ struct Forward {
     take(s.out, kQueries * call.sizes.width);
     for (float** row : {&s.largest, &s.sums, &s.shrinks}) take(*row, kQueries);
     take(s.probabilities_by_query, kKeys * kQueries);
-    take(s.values, blocks(call.sizes.keys, 2) * wide());
+    take(s.values, blocks(call.sizes.keys, 2) * call.sizes.wide());
     take(s.query_columns, up_to(blocks(call.sizes.width, 2), kLanes) * kQueries);
     return s;
   }
 
   void one(const Head& head, const Scratch& s) const {
     const Sizes& sizes = call.sizes;
-    pairs_of_rows(head.row(call.value, 0), call.value.row, sizes.keys, sizes.width, s.values, wide());
+    pairs_of_rows(head.row(call.value, 0), call.value.row, sizes.keys, sizes.width, s.values, sizes.wide());
     for (int64_t q = 0; q < sizes.queries; q += kQueries)
       block(head, s, q, std::min(kQueries, sizes.queries - q));
   }
@@ -175,8 +169,8 @@ struct Forward {
       else
         probabilities<false>(scores, s, lanes, keys);
       scale_rows(s.out, s.shrinks, count);
-      product(count, width, up_to(keys, 2), s.probabilities_by_query, kKeys, s.values + k / 2 * wide(),
-              wide(), s.out, width, true);
+      product(count, width, up_to(keys, 2), s.probabilities_by_query, kKeys,
+              s.values + k / 2 * call.sizes.wide(), call.sizes.wide(), s.out, width, true);
     }
     for (int64_t i = 0; i < count; i++) {
       *head.row(call.logsumexp, q + i) = s.largest[i] + std::log(s.sums[i]);

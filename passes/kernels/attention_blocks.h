@@ -35,6 +35,9 @@ struct Table {
 struct Sizes {
   int64_t batch, heads, queries, keys, width, causal;
   double scale;
+
+  // Between rows of pairs as wide as a head.
+  int64_t wide() const { return up_to(width, kColumns); }
 };
 
 struct Call {
