@@ -78,7 +78,7 @@ def as_batch(batch: Any) -> Batch:
                 f"a tensor of shape {tuple(tensor.shape)} in the batch is on {tensor.device}; "
                 "optcpu trains on the CPU: move it with .cpu()."
             )
-        if tensor.dim() and tensor.shape[0] == 0:
+        if not tensor.numel() and tensor.dim() and tensor.shape[0] == 0:
             raise ValueError(
                 f"a tensor in the batch has shape {tuple(tensor.shape)}: the batch is empty."
             )
@@ -90,10 +90,13 @@ def tensors_in(value: Any) -> list[Tensor]:
     if isinstance(value, Tensor):
         return [value]
     if isinstance(value, (tuple, list)):
-        if all(isinstance(one, Tensor) for one in value):  # the usual batch
-            return list(value)
-        nested = ([one] if isinstance(one, Tensor) else tensors_in(one) for one in value)
-        return [tensor for tensors in nested for tensor in tensors]
+        tensors: list[Tensor] = []
+        for one in value:
+            if isinstance(one, Tensor):
+                tensors.append(one)
+            else:
+                tensors += tensors_in(one)
+        return tensors
     if isinstance(value, Mapping):
         return tensors_in([*value.values()])
     if dataclasses.is_dataclass(value) and not isinstance(value, type):
@@ -269,7 +272,11 @@ def signature(batch: Batch) -> tuple[tuple[int, ...], ...]:
 
 def units_in(batch: Batch) -> int:
     """Samples in a batch: the size of the first dimension of its first tensor that has one."""
-    return next((tensor.shape[0] for tensor in tensors_in(batch) if tensor.dim()), 1)
+    # A loop and no generator: each step asks, behind kernels that leave nothing of Python in the caches.
+    for tensor in tensors_in(batch):
+        if tensor.dim():
+            return tensor.size(0)
+    return 1
 
 
 def whole_passes(steps: int, batches: Sequence[Batch], accumulation_steps: int) -> int:

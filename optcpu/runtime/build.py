@@ -23,7 +23,7 @@ from optcpu.optim.weights import StoredWeight
 from optcpu.optimize import optimize
 from optcpu.pipeline import Pipeline, resolve_precision
 from optcpu.runtime.callbacks import Callback
-from optcpu.runtime.data.loading import is_dataset
+from optcpu.runtime.data.loaders import is_dataset
 from optcpu.runtime.freezing.freezer import DynamicFreezer
 from optcpu.runtime.options import FreezingOptions, TrainerOptions
 from optcpu.runtime.schedule import make_schedule, too_short

@@ -36,6 +36,9 @@ from optcpu.runtime.stopping import is_better
 from optcpu.runtime.validation import Metric, validate
 
 _MANY_SHAPES = 4
+# After so many steps it is known what one takes; where it waits for data for more than this share of that,
+# more processes load them.
+_TIMED_STEPS, _LONG_WAIT = 20, 0.05
 # Until processes that make steps by themselves meet out of turn to stop; torchrun kills them after 30.
 _PATIENCE_S = 15.0
 _MOST_DATA_STOPS = 3  # until processes that make steps by themselves have met, and can stop
@@ -90,6 +93,7 @@ class Loop:
         self.saver = Saver(run, options, runner, folder, display, trainer)
         self._data_stops = 0
         self._has_drawn = False
+        self._timed_steps = 0
         self._shapes: set[tuple[tuple[int, ...], ...]] = set()  # of what was compiled
         self._regions = 0  # of the model's code that were compiled, as far as is known
         self._has_compiled()
@@ -239,6 +243,17 @@ class Loop:
             self._finisher.tell()
         finally:
             run.clock.add(phase, time.perf_counter() - started)
+        if phase == "step":
+            self._timed_steps += 1
+            if self._timed_steps == _TIMED_STEPS:
+                self._shorten_the_wait()
+
+    def _shorten_the_wait(self) -> None:
+        """Let more processes load the data, where these hold up training."""
+        clock = self._run.clock
+        step, data = clock.typical("step") or 0.0, clock.typical("data") or 0.0
+        if data > _LONG_WAIT * step:
+            self._run.feed.add_workers(step / self._options.accumulation_steps)
 
     def _note_shapes(self, step: MicroBatches) -> None:
         """Warn once where batches come in so many shapes that compiling each does not pay."""
@@ -307,6 +322,8 @@ class Loop:
 
     def _stops(self) -> bool:
         """Whether the run stops here: it is wanted to, and all processes have met, or will not in time."""
+        if self._run.world.size == 1:
+            return self._stops_alone()
         wanted, is_late = self._run.world.sum_numbers(
             float(self._stop.by is not None), float(self._stop.seconds > _PATIENCE_S)
         )

@@ -219,7 +219,8 @@ class TrainerOptions(Options):
         log: write metrics to files.
         seed: of shuffling, and of the global random generators at the start; None leaves the latter.
         threads: to compute with; ``"auto"`` takes the physical cores that this process may use.
-        workers: processes that load data, where the training data are a dataset.
+        workers: processes that load data, where the training data are a dataset; ``"auto"`` measures how
+            many help, and takes more where the first steps turn out to wait. No batch depends on it.
         drop_last: leave out an incomplete last micro-batch.
         compress_gradients: send gradients to other processes as BF16, half the bytes.
         local_steps: optimizer steps that each process makes by itself before all average their weights

@@ -72,11 +72,16 @@ def collect(
     Raises:
         TypeError, ValueError: one of them is no batch.
     """
-    batches = [as_batch(tuple(one) if isinstance(one, list) else one) for one in raw]
-    sizes = [_whole(size_of(batch)) for batch in batches]
-    if min(sizes) < 1:
-        raise ValueError(f"a micro-batch counts {min(sizes)} samples; at least 1 was expected")
-    sizes = [0 if place in repeated else size for place, size in enumerate(sizes)]
+    batches, sizes = [], []
+    for place, one in enumerate(raw):
+        batch = as_batch(tuple(one) if isinstance(one, list) else one)
+        size = size_of(batch)
+        if type(size) is not int:
+            size = _whole(size)
+        if size < 1:
+            raise ValueError(f"a micro-batch counts {size} samples; at least 1 was expected")
+        batches.append(batch)
+        sizes.append(0 if place in repeated else size)
     (total,) = sum_over_all(float(sum(sizes)))
     return MicroBatches(batches, before, max(int(total), 1), sizes=sizes)
 

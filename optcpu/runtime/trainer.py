@@ -30,7 +30,8 @@ from optcpu.runtime.build import (
 )
 from optcpu.runtime.callbacks import Callback
 from optcpu.runtime.checkpoint.folder import CheckpointFolder
-from optcpu.runtime.data.loading import Feed, evaluation_batches
+from optcpu.runtime.data.loaders import evaluation_batches
+from optcpu.runtime.data.loading import Feed
 from optcpu.runtime.data.sources import parts_of, warn_if_not_exact
 from optcpu.runtime.display import Display
 from optcpu.runtime.freezing.freezer import DynamicFreezer

@@ -2,18 +2,14 @@
 
 from __future__ import annotations
 
-import copy
 import ctypes
 import functools
-import math
 import os
 import signal
-import time
 from collections.abc import Callable, Iterable
-from itertools import islice
 from multiprocessing.sharedctypes import RawValue
 from multiprocessing.util import Finalize
-from typing import Any, NamedTuple, cast
+from typing import Any
 
 import torch
 from torch.utils.data import (
@@ -26,7 +22,6 @@ from torch.utils.data import (
     get_worker_info,
 )
 
-from optcpu.cpu import capabilities
 from optcpu.random_state import random_state_kept
 from optcpu.runtime.data.datasets import SyntheticDataset, resolved_indices
 from optcpu.runtime.data.randomness import (
@@ -35,15 +30,10 @@ from optcpu.runtime.data.randomness import (
     seed_generator,
     stream_key,
 )
-from optcpu.runtime.data.sampling import Batch, ResumableBatchSampler
+from optcpu.runtime.data.sampling import Batch
 from optcpu.runtime.data.tokens import TokenDataset
 
 Collate = Callable[[list[Any]], Any]
-
-# Seconds of fetching a batch from which processes gained, where step times were measured with 0 to 2.
-_WORTH_A_WORKER, _WORTH_BUSY_CORES = 5e-3, 40e-3
-_USUAL_STEP = 20e-3
-_PROBES, _PROBE_SECONDS = 3, 0.2
 
 # Of these PyTorch selects no numbers by their indices.
 _NOT_SELECTED = (torch.uint16, torch.uint32, torch.uint64)
@@ -198,65 +188,3 @@ def _begin_worker(main_ends: Any, _: int) -> None:
 
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     signal.signal(signal.SIGTERM, terminate)
-
-
-class FetchTime(NamedTuple):
-    """What fetching a batch takes, in seconds: of the processor, and waiting for a disk, say."""
-
-    computing: float
-    waiting: float
-
-
-def choose_workers(
-    fetching: FetchTime, *, cores: int, threads: int, step_seconds: float | None = None
-) -> int:
-    """How many processes shall fetch batches.
-
-    A process hides what it waits for, and on a core of its own what it computes, and costs a transfer of
-    each batch. Where all cores train, computing is not hidden: on two such cores and steps of 25 and 75 ms
-    one process was about even with none however long a fetch took; two were up to 15 % slower where it
-    took 25 ms or less, even at 40 ms, and 20 to 37 % faster at 150 ms, as they fetch on both cores and the
-    main process on one.
-
-    Args:
-        fetching: a batch in the main process.
-        cores: that this process may use.
-        threads: that training computes with.
-        step_seconds: that training takes for one; None if unknown.
-    """
-    wanted = math.ceil(sum(fetching) / (step_seconds or _USUAL_STEP))
-    spare = cores - threads
-    if spare > 0:
-        return min(wanted, spare) if sum(fetching) >= _WORTH_A_WORKER else 0
-    if fetching.computing >= _WORTH_BUSY_CORES and cores > 1:
-        return min(max(wanted, 2), cores)
-    return min(wanted, cores) if fetching.waiting >= _WORTH_A_WORKER else 0
-
-
-def cores_for_loading() -> int:
-    """Physical cores that this process may use, if all that torchrun started here take the same share."""
-    shared_by = os.environ.get("LOCAL_WORLD_SIZE", "1")
-    processes = int(shared_by) if shared_by.isdigit() and int(shared_by) else 1
-    return max(1, capabilities().physical_cores // processes)
-
-
-def fetch_time(batches: SeededBatches, sampler: ResumableBatchSampler) -> FetchTime:
-    """Measured for a batch in this process: the fastest of up to three.
-
-    0 if that fails: the error is to come up in training, where its place can be told.
-    """
-    times: list[tuple[float, float]] = []
-    try:
-        for batch in islice(copy.copy(sampler), _PROBES):  # the sampler itself stays where it is
-            started, computed = time.perf_counter(), time.process_time()
-            batches.__getitems__(cast(Batch, batch))
-            times.append((time.perf_counter() - started, time.process_time() - computed))
-            if sum(seconds for seconds, _ in times) > _PROBE_SECONDS:
-                break
-    except Exception:
-        return FetchTime(0.0, 0.0)
-    seconds, computing = min(times)
-    waiting = max(
-        0.0, seconds - computing
-    )  # several threads can compute for longer than that takes
-    return FetchTime(seconds - waiting, waiting)

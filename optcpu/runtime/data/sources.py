@@ -66,7 +66,7 @@ class Source(abc.ABC):
 
 
 class SampledSource(Source):
-    """A loader of :func:`optcpu.runtime.data.loading.make_loader`: the sampler begins wherever it is told.
+    """A loader of :func:`optcpu.runtime.data.loaders.make_loader`: the sampler begins wherever it is told.
 
     Args:
         loader: of :class:`SeededBatches`, with a :class:`ResumableBatchSampler`.

@@ -19,6 +19,7 @@ from training import (
     CLASSES,
     FEATURES,
     Losses,
+    Noisy,
     assert_equal,
     small_data,
     small_model,
@@ -955,3 +956,21 @@ def test_a_stop_loses_nothing_of_data_that_come_once() -> None:
             pass
         ends.append(model[0].weight)
     assert torch.equal(*ends)
+
+
+def test_where_steps_wait_for_their_data_more_processes_load_them() -> None:
+    class Waiting(Noisy):
+        def __getitem__(self, index: int) -> tuple[Tensor, Tensor]:
+            time.sleep(0.004)
+            return super().__getitem__(index)
+
+    def train(workers: Any) -> Trainer:
+        data = Waiting(small_data(200))
+        trainer = small_trainer(data=data, steps=30, accumulation_steps=2, workers=workers)
+        trainer.train()
+        return trainer
+
+    trainer = train("auto")
+    loader = trainer._feed._source._loader  # type: ignore[attr-defined]
+    assert loader.num_workers > 1  # as for a step of 20 ms
+    assert_equal(tensors_of(trainer), tensors_of(train(0)))

@@ -12,7 +12,7 @@ from torch.utils.data import DataLoader, Dataset, TensorDataset
 
 from optcpu import Trainer
 from optcpu.runtime import Callback
-from optcpu.runtime.data.loading import is_dataset
+from optcpu.runtime.data.loaders import is_dataset
 
 FEATURES, CLASSES = 6, 3
 

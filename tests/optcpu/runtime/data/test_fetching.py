@@ -19,7 +19,8 @@ from torch.utils.data import (
 
 from optcpu.runtime.checkpoint.rng import rng_state
 from optcpu.runtime.data.fetching import reading_at_once
-from optcpu.runtime.data.loading import Feed, evaluation_batches
+from optcpu.runtime.data.loaders import evaluation_batches
+from optcpu.runtime.data.loading import Feed
 
 DATA = TensorDataset(torch.randn(23, 3, 2), torch.arange(23))
 

@@ -8,7 +8,6 @@ import random
 import re
 import subprocess
 import sys
-import time
 import warnings
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -31,23 +30,10 @@ from torch.utils.data import (
 from optcpu.errors import OptcpuError
 from optcpu.runtime.checkpoint.rng import rng_state, set_rng_state
 from optcpu.runtime.data.datasets import SyntheticDataset
-from optcpu.runtime.data.fetching import FetchTime, choose_workers, fetch_time
-from optcpu.runtime.data.loading import Feed, evaluation_batches, make_loader
+from optcpu.runtime.data.loaders import evaluation_batches, make_loader
+from optcpu.runtime.data.loading import Feed
 from optcpu.runtime.data.tokens import TokenDataset
-
-
-class Augmented(Dataset[Tensor]):
-    """The number of a sample, and a random number of each of the three generators."""
-
-    def __init__(self, size: int = 23) -> None:
-        self.size = size
-
-    def __len__(self) -> int:
-        return self.size
-
-    def __getitem__(self, index: int) -> Tensor:
-        noise = [random.random(), float(np.random.randn()), float(torch.randn(()))]
-        return torch.tensor([index, *noise], dtype=torch.float64)
+from tests.optcpu.runtime.data.samples import Augmented
 
 
 class Failing(Dataset[int]):
@@ -525,145 +511,3 @@ class TestFailures:
     def test_workers(self, workers: Any, error: type[Exception]) -> None:
         with pytest.raises(error, match="workers must be"):
             Feed(Augmented(), workers=workers)
-
-
-class TestWorkers:
-    @pytest.mark.parametrize(
-        ("computing", "waiting", "cores", "threads", "step", "workers"),
-        [
-            (0.1, 0, 2, 2, None, 0),
-            (25, 0, 2, 2, None, 0),
-            (50, 0, 2, 2, 500, 2),
-            (1000, 0, 2, 2, None, 2),
-            (100, 0, 64, 64, None, 5),
-            (1, 4, 2, 2, None, 0),
-            (1, 10, 2, 2, None, 1),
-            (1, 40, 2, 2, None, 2),
-            (1000, 0, 1, 1, None, 0),
-            (0, 1000, 1, 1, None, 1),
-            (3, 1, 8, 4, None, 0),
-            (3, 3, 8, 4, None, 1),
-            (1000, 0, 8, 4, None, 4),
-            (1000, 0, 8, 4, 500, 2),
-            (50, 0, 8, 4, 500, 1),
-        ],
-    )
-    def test_how_many(
-        self,
-        computing: float,
-        waiting: float,
-        cores: int,
-        threads: int,
-        step: float | None,
-        workers: int,
-    ) -> None:
-        fetching = FetchTime(computing / 1e3, waiting / 1e3)
-        seconds = None if step is None else step / 1e3
-        chosen = choose_workers(fetching, cores=cores, threads=threads, step_seconds=seconds)
-        assert chosen == workers
-
-    def test_waiting_is_told_from_computing(self) -> None:
-        class Slow(Augmented):
-            def __getitem__(self, index: int) -> Tensor:
-                time.sleep(0.03)
-                return super().__getitem__(index)
-
-        loader = make_loader(Slow(), 4, workers=0)
-        fetching = fetch_time(loader.dataset, loader.batch_sampler)
-        assert fetching.waiting >= 0.1 > fetching.computing
-
-    def test_cheap_data_take_none(self) -> None:
-        assert make_loader(TensorDataset(torch.randn(100, 4)), 10).num_workers == 0
-
-    def test_measuring_uses_no_sample_up(self) -> None:
-        loader = make_loader(Augmented(), 4)
-        assert sorted(torch.cat(list(loader))[:, 0].tolist()) == list(range(23))
-
-    def test_they_compute_with_one_thread(self) -> None:
-        class Threads(Augmented):
-            def __getitem__(self, index: int) -> Tensor:
-                return torch.tensor(torch.get_num_threads())
-
-        (batch,) = Feed(Threads(4), workers=1).take(1)
-        assert batch.tolist() == [1] * 4
-
-
-class TestEvaluation:
-    def test_it_is_the_same_each_time(self) -> None:
-        batches = evaluation_batches(Augmented(), 4)
-        first, second = list(batches()), list(batches())
-        assert [len(batch) for batch in first] == [4, 4, 4, 4, 4, 3]
-        assert torch.cat(first)[:, 0].tolist() == list(range(23))
-        assert torch.equal(torch.cat(first), torch.cat(second))
-
-    def test_also_when_the_last_was_left_off(self) -> None:
-        batches = evaluation_batches(TensorDataset(torch.arange(9)), 4)
-        next(iter(batches()))
-        assert len(list(batches())) == 3
-
-    def test_loaders_and_lists_are_taken_as_they_are(self) -> None:
-        batches = [torch.ones(1)]
-        assert evaluation_batches(batches, 4)() is batches
-
-    def test_what_can_be_gone_through_once_is_refused(self) -> None:
-        with pytest.raises(TypeError, match="only"):
-            evaluation_batches(iter([1]), 4)
-
-
-def test_a_signal_to_the_whole_group_does_not_end_a_loading_process_but_a_second_one_does() -> None:
-    """In a process of its own: PyTorch raises the news of a dead worker wherever the main thread is."""
-    program = """
-import os, signal, torch
-from torch.utils.data import Dataset
-from optcpu.runtime.data.loading import make_loader
-
-class ItsProcess(Dataset):
-    def __len__(self):
-        return 40
-
-    def __getitem__(self, index):
-        return torch.tensor(os.getpid())
-
-batches = iter(make_loader(ItsProcess(), batch_size=2, workers=1))
-worker = int(next(batches)[0])
-for number in (signal.SIGINT, signal.SIGTERM):
-    os.kill(worker, number)
-for _ in range(5):  # more than were fetched ahead
-    next(batches)
-print("outlived", flush=True)
-os.kill(worker, signal.SIGTERM)
-list(batches)
-"""
-    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True)
-    assert done.stdout.split() == ["outlived"], done.stderr
-    assert done.returncode != 0
-
-
-@pytest.mark.parametrize("how", ["persistent", "iterable", "trainer"])
-def test_a_program_with_workers_ends(how: str) -> None:
-    """Python tells them to by SIGTERM, and waits: they must not take that for a signal to the group."""
-    program = f"""
-import torch, optcpu
-from torch.utils.data import IterableDataset, TensorDataset
-from optcpu.runtime.data.loading import make_loader
-
-class Stream(IterableDataset):
-    def __iter__(self):
-        return iter(torch.randn(40, 4))
-
-if __name__ == "__main__":
-    samples = TensorDataset(torch.randn(40, 4), torch.randint(2, (40,)))
-    if {how!r} == "trainer":
-        settings = dict(compile=False, progress=False, batch_size=4, workers=1)
-        trainer = optcpu.Trainer(torch.nn.Linear(4, 2), samples, epochs=2, optimizer="sgd", **settings)
-        assert trainer.train().steps == 20
-        assert torch.multiprocessing.active_children() == []
-    loader = make_loader(samples if {how!r} == "persistent" else Stream(), 4, workers=1)
-    batches = iter(loader)
-    next(batches)
-    print("is done", flush=True)
-"""
-    done = subprocess.run(
-        [sys.executable, "-c", program], capture_output=True, text=True, timeout=100
-    )
-    assert (done.returncode, done.stdout) == (0, "is done\n"), done.stderr
