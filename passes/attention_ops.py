@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from typing import cast
+from collections.abc import Callable
+from typing import Any, cast
 
 import torch
 from torch import Tensor
@@ -67,8 +68,13 @@ def _fake_attention_backward(
     return empty_by_rows(query), empty_by_rows(key), empty_by_rows(value)
 
 
-_LIBRARY.impl("attention", _attention, "CPU")
-_LIBRARY.impl("attention_backward", _attention_backward, "CPU")
+# What the operators do, by their names in ``torch.ops.optcpu``.
+IMPLEMENTATIONS: dict[str, Callable[..., Any]] = {
+    "attention": _attention,
+    "attention_backward": _attention_backward,
+}
+for _name, _implementation in IMPLEMENTATIONS.items():
+    _LIBRARY.impl(_name, _implementation, "CPU")
 torch.library.register_fake("optcpu::attention", _fake_attention, lib=_LIBRARY)
 torch.library.register_fake("optcpu::attention_backward", _fake_attention_backward, lib=_LIBRARY)
 

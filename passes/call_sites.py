@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 from torch._C._autograd import _profiler_enabled
 
-from passes import gemm, ops, packed
+from passes import attention_ops, gemm, im2col, ops, packed
 
 Run: TypeAlias = Callable[..., Any]
 
@@ -32,7 +32,7 @@ class CallSite:
 
     def __init__(self, name: str) -> None:
         self._operator = getattr(torch.ops.optcpu, name).default
-        self._implementation: Run = ops.IMPLEMENTATIONS[name]
+        self._implementation = IMPLEMENTATIONS[name]
         self._settle = DIRECT[name]
         self._run = self._implementation
         self._settled_for: object = None
@@ -109,12 +109,31 @@ def _linear_backward(
     return functools.partial(ops.linear_backward_by, for_input, for_weight)
 
 
+def _convolution_backward(*arguments: Any) -> Run:
+    by_way = im2col.fastest_backward(*arguments)
+
+    def run(gradient: Tensor, x: Tensor, weight: Tensor, *_geometry: Any) -> im2col.Gradients:
+        return by_way(gradient, x, weight)
+
+    return run
+
+
+def _only(name: str) -> Callable[..., Run]:
+    """For an operator that has one kernel."""
+    return lambda *_: IMPLEMENTATIONS[name]
+
+
+IMPLEMENTATIONS: dict[str, Run] = ops.IMPLEMENTATIONS | attention_ops.IMPLEMENTATIONS
+
 # What finds the kernels for the arguments of an operator, by its name.
 DIRECT: dict[str, Callable[..., Run]] = {
     "mm": _mm,
     "linear": _linear,
     "linear_add": _linear_add,
     "linear_backward": _linear_backward,
+    "convolution": im2col.fastest_convolution,
+    "convolution_backward": _convolution_backward,
+    **{name: _only(name) for name in ("max_pool_backward", *attention_ops.IMPLEMENTATIONS)},
 }
 
 __all__ = ["DIRECT", "CallSite"]

@@ -17,8 +17,11 @@ Processing" (2006), section 3.1, "unfolding".
 
 from __future__ import annotations
 
+import dataclasses
+import functools
 from collections.abc import Callable, Iterator, Sequence
-from typing import TypeAlias
+from dataclasses import dataclass, fields
+from typing import Any, TypeAlias
 
 import torch
 from torch import Tensor
@@ -29,6 +32,8 @@ from passes.gemm import choose, is_small, matmul
 
 # Of the input, the weight and the bias; None for one that is not wanted.
 Gradients: TypeAlias = tuple[Tensor | None, Tensor | None, Tensor | None]
+# From the output's gradient, the input and the weight.
+Backward: TypeAlias = Callable[[Tensor, Tensor, Tensor], Gradients]
 
 _DTYPES = (torch.float32, torch.bfloat16)  # of whose products the kernel is chosen
 
@@ -53,19 +58,21 @@ def convolution(x: Tensor, weight: Tensor, stride: Sequence[int], padding: Seque
     Returns:
         Shape (N, O, H', W'), laid out as ``x``.
     """
+    return fastest_convolution(x, weight, stride, padding)(x, weight, stride, padding)
 
-    def native() -> Tensor:
-        return native_convolution(x, weight, stride, padding)
 
+def fastest_convolution(
+    x: Tensor, weight: Tensor, stride: Sequence[int], padding: Sequence[int]
+) -> Callable[..., Tensor]:
+    """What takes the arguments of :func:`convolution` and is the fastest for those like these."""
     if not all(t.is_contiguous(memory_format=torch.channels_last) for t in (x, weight)):
-        return native()
-    ways: dict[str, Callable[[], Tensor]] = {
-        "native": native,
-        "product": lambda: output(x, weight, stride, padding),
-    }
+        return native_convolution
+    by_name: dict[str, Callable[..., Tensor]] = {"native": native_convolution, "product": output}
+    arguments = (x, weight, stride, padding)
+    runs = {name: functools.partial(way, *arguments) for name, way in by_name.items()}
     sizes = [tuple(x.shape), tuple(weight.shape), tuple(stride), tuple(padding)]
     key = f"convolution {sizes} {str(x.dtype)[6:]} {torch.get_num_threads()}"
-    return ways[choose(key, ways, preferred="native")]()
+    return by_name[choose(key, runs, preferred="native")]
 
 
 def native_convolution(
@@ -98,95 +105,159 @@ def output(x: Tensor, weight: Tensor, stride: Sequence[int], padding: Sequence[i
     return result.view(*windows.shape[:3], outputs).permute(0, 3, 1, 2)
 
 
-def convolution_backward(
-    gradient: Tensor,
-    x: Tensor,
-    weight: Tensor,
-    bias_sizes: Sequence[int] | None,
-    stride: Sequence[int],
-    padding: Sequence[int],
-    dilation: Sequence[int],
-    transposed: bool,
-    output_padding: Sequence[int],
-    groups: int,
-    wanted: Sequence[bool],
-) -> Gradients:
-    """What ``aten.convolution_backward`` does, by the way that is the fastest for these shapes."""
-    x = _with_strides_that_tell(x, gradient)
+@dataclass(frozen=True)
+class Geometry:
+    """What a convolution's gradients depend on besides tensors: the arguments of the operator in ATen.
 
-    def native(*wanted: bool) -> Gradients:
-        geometry = (bias_sizes, stride, padding, dilation, transposed, output_padding, groups)
-        backward = torch.ops.aten.convolution_backward.default
-        of_input, of_weight, of_bias = backward(gradient, x, weight, *geometry, wanted)
-        if of_weight is not None and x.dtype == torch.bfloat16:
+    Attributes:
+        bias_sizes: those of the bias; None without one.
+        wanted: whether the gradients of input, weight and bias are; the rest is as in a convolution.
+    """
+
+    bias_sizes: Sequence[int] | None
+    stride: Sequence[int]
+    padding: Sequence[int]
+    dilation: Sequence[int]
+    transposed: bool
+    output_padding: Sequence[int]
+    groups: int
+    wanted: Sequence[bool]
+
+    @property
+    def is_plain(self) -> bool:
+        """Whether it can be done by products."""
+        return not self.transposed and self.groups == 1 and all(step == 1 for step in self.dilation)
+
+
+def convolution_backward(gradient: Tensor, x: Tensor, weight: Tensor, *geometry: Any) -> Gradients:
+    """What ``aten.convolution_backward`` does, by the way that is the fastest for these shapes."""
+    return fastest_backward(gradient, x, weight, *geometry)(gradient, x, weight)
+
+
+def fastest_backward(gradient: Tensor, x: Tensor, weight: Tensor, *geometry: Any) -> Backward:
+    """The fastest way to the gradients of a convolution for arguments like these.
+
+    Args:
+        gradient: of the output.
+        x: the input.
+        weight: of the convolution.
+        geometry: those of :class:`Geometry`.
+
+    Returns:
+        A function of the three tensors.
+    """
+    there = Geometry(*geometry)
+    native = _Native(gradient, x, weight, there)
+    x = native.seen(x)
+    if not (there.is_plain and there.wanted[1] and _is_worth_measuring(gradient, x, weight)):
+        return native
+    of_input, _, of_bias = there.wanted
+    others = dataclasses.replace(there, wanted=[of_input, False, of_bias])
+    for_others = _Native(gradient, x, weight, others)
+    by_name: dict[str, Backward] = {
+        "native": native,
+        "product for the weight": functools.partial(_product_for_weight, for_others, there),
+    }
+    if of_input and is_worth_a_product(_places(gradient), weight):
+        by_name["products"] = functools.partial(_products, there)
+    runs = {name: functools.partial(way, gradient, x, weight) for name, way in by_name.items()}
+    sizes = [
+        tuple(x.shape),
+        tuple(weight.shape),
+        tuple(there.stride),
+        tuple(there.padding),
+        len(runs),
+    ]
+    key = f"convolution backward {sizes} {str(x.dtype)[6:]} {torch.get_num_threads()}"
+    return by_name[choose(key, runs, preferred="native")]
+
+
+class _Native:
+    """PyTorch's own way to the gradients, for tensors of the shapes and layouts of those given."""
+
+    def __init__(self, gradient: Tensor, x: Tensor, weight: Tensor, geometry: Geometry) -> None:
+        self._strides = _strides_that_tell(x, gradient)
+        *self._geometry, self._wanted = (getattr(geometry, f.name) for f in fields(Geometry))
+        self._unseen: list[tuple[int, int]] = []
+        if geometry.wanted[1] and x.dtype == torch.bfloat16:
             # oneDNN does not write there (PyTorch 2.13).
-            read, written = (gradient, x) if transposed else (x, gradient)
-            steps = (stride, padding, dilation)
-            zero_what_sees_padding_alone(of_weight, read.shape[2:], written.shape[2:], *steps)
+            read, written = (gradient, x) if geometry.transposed else (x, gradient)
+            self._unseen = places_that_see_padding_alone(
+                weight.shape[2:],
+                read.shape[2:],
+                written.shape[2:],
+                geometry.stride,
+                geometry.padding,
+                geometry.dilation,
+            )
+
+    def seen(self, x: Tensor) -> Tensor:
+        """``x`` as the kernels shall see it."""
+        return x if self._strides is None else x.as_strided(x.shape, self._strides)
+
+    def __call__(self, gradient: Tensor, x: Tensor, weight: Tensor) -> Gradients:
+        backward = torch.ops.aten.convolution_backward.default
+        x = self.seen(x)
+        of_input, of_weight, of_bias = backward(gradient, x, weight, *self._geometry, self._wanted)
+        for axis, place in self._unseen:
+            of_weight.select(2 + axis, place).zero_()
         return of_input, of_weight, of_bias
 
-    def product_for_weight() -> Gradients:
-        of_input, _, of_bias = native(wanted[0], False, wanted[2])
-        return of_input, weight_gradient(gradient, x, weight, stride, padding), of_bias
 
-    def products() -> Gradients:
-        of_bias = gradient.sum((0, 2, 3)) if wanted[2] else None
-        operands = (gradient, x, weight, stride, padding)
-        return input_gradient(*operands), weight_gradient(*operands), of_bias
-
-    plain = not transposed and groups == 1 and all(step == 1 for step in dilation)
-    if not (plain and wanted[1] and _is_worth_measuring(gradient, x, weight)):
-        return native(*wanted)
-    ways: dict[str, Callable[[], Gradients]] = {
-        "native": lambda: native(*wanted),
-        "product for the weight": product_for_weight,
-    }
-    if wanted[0] and is_worth_a_product(_places(gradient), weight):
-        ways["products"] = products
-    sizes = [tuple(x.shape), tuple(weight.shape), tuple(stride), tuple(padding), len(ways)]
-    key = f"convolution backward {sizes} {str(x.dtype)[6:]} {torch.get_num_threads()}"
-    return ways[choose(key, ways, preferred="native")]()
+def _product_for_weight(
+    for_others: Backward, geometry: Geometry, gradient: Tensor, x: Tensor, weight: Tensor
+) -> Gradients:
+    of_input, _, of_bias = for_others(gradient, x, weight)
+    of_weight = weight_gradient(gradient, x, weight, geometry.stride, geometry.padding)
+    return of_input, of_weight, of_bias
 
 
-def zero_what_sees_padding_alone(
-    of_weight: Tensor,
+def _products(geometry: Geometry, gradient: Tensor, x: Tensor, weight: Tensor) -> Gradients:
+    of_bias = gradient.sum((0, 2, 3)) if geometry.wanted[2] else None
+    operands = (gradient, x, weight, geometry.stride, geometry.padding)
+    return input_gradient(*operands), weight_gradient(*operands), of_bias
+
+
+def places_that_see_padding_alone(
+    sizes: Sequence[int],
     read: Sequence[int],
     written: Sequence[int],
     stride: Sequence[int],
     padding: Sequence[int],
     dilation: Sequence[int],
-) -> None:
-    """Zero the gradient of those places of a kernel that lie outside of the image wherever it is put.
+) -> list[tuple[int, int]]:
+    """The axes and places of a kernel that lie outside of the image wherever it is put.
 
     Args:
-        of_weight: gradient of the weight, two dimensions and those of the kernel.
+        sizes: of the kernel.
         read: spatial sizes of what the convolution reads.
         written: of what it writes.
         stride, padding, dilation: of each spatial dimension, or of all.
     """
-    sizes = of_weight.shape[2:]
     stride, padding, dilation = (
         [*given] if len(given) == len(sizes) else [*given] * len(sizes)
         for given in (stride, padding, dilation)
     )
+    unseen = []
     for axis, size in enumerate(sizes):
         for place in range(size):
             start = place * dilation[axis] - padding[axis]
             reached = range(start, start + stride[axis] * written[axis], stride[axis])
             if not any(0 <= position < read[axis] for position in reached):
-                of_weight.select(2 + axis, place).zero_()
+                unseen.append((axis, place))
+    return unseen
 
 
-def _with_strides_that_tell(x: Tensor, gradient: Tensor) -> Tensor:
-    """``x`` with the strides of its layout.
+def _strides_that_tell(x: Tensor, gradient: Tensor) -> Sequence[int] | None:
+    """Strides for ``x`` that tell its layout; None where its own do.
 
     Those of a single channel do not tell it. Written as those of channels-last, they bring about the kernel
     for that, which is several times as fast for the weight.
     """
     one_channel = x.dim() == 4 and x.shape[1] == 1 and x.is_contiguous()
     if one_channel and gradient.is_contiguous(memory_format=torch.channels_last):
-        return x.as_strided(x.shape, make_channels_last_strides_for(x.shape))
-    return x
+        return make_channels_last_strides_for(x.shape)
+    return None
 
 
 def _is_worth_measuring(gradient: Tensor, x: Tensor, weight: Tensor) -> bool:

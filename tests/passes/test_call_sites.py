@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 from torch.profiler import profile
 
-from passes import call_sites, gemm, ops, packed
+from passes import call_sites, gemm, packed
 from passes.call_sites import CallSite
 
 
@@ -17,17 +17,33 @@ def _arguments(operator: str, dtype: torch.dtype = torch.float32) -> tuple[Any, 
     torch.manual_seed(0)
     x, weight, y = (torch.randn(s).to(dtype) for s in ((96, 256), (320, 256), (96, 320)))
     bias = torch.randn(320).to(dtype)
+    image, kernel, written = (
+        torch.randn(size).to(dtype).to(memory_format=torch.channels_last)
+        for size in ((2, 32, 8, 8), (64, 32, 3, 3), (2, 64, 4, 4))
+    )
+    geometry = (None, [2, 2], [1, 1], [1, 1], False, [0, 0], 1, [True, True, False])
+    pooled, where = torch.nn.functional.max_pool2d(image, 2, return_indices=True)
+    heads = [torch.randn(2, 2, 64, 32).bfloat16() for _ in range(4)]  # their only dtype
+    attended = torch.ops.optcpu.attention.default(*heads[:3], None, True, 0.2)
     return {
         "mm": (x, weight.t()),
         "linear": (x, weight, bias, "relu"),
         "linear_add": (x, weight, bias, y),
         "linear_backward": (y, y.relu(), x, weight, "relu", True, torch.float32),
+        "convolution": (image, kernel, [2, 2], [1, 1]),
+        "convolution_backward": (written, image, kernel, *geometry),
+        "max_pool_backward": (pooled, image.shape, *([2, 2], [2, 2], [0, 0], [1, 1], False), where),
+        "attention": (*heads[:3], None, True, 0.2),
+        "attention_backward": (heads[3], *heads[:3], *attended, None, True, 0.2),
     }[operator]
 
 
 def _same(one: Any, other: Any) -> bool:
     ones, others = ([a] if isinstance(a, Tensor) else list(a) for a in (one, other))
-    return len(ones) == len(others) and all(map(torch.equal, ones, others))
+    return len(ones) == len(others) and all(
+        a is b if a is None or b is None else torch.equal(a, b)
+        for a, b in zip(ones, others, strict=True)
+    )
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
@@ -124,4 +140,4 @@ def test_profiles_show_the_operator() -> None:
 
 
 def test_every_site_has_an_implementation() -> None:
-    assert call_sites.DIRECT.keys() <= ops.IMPLEMENTATIONS.keys()
+    assert call_sites.DIRECT.keys() <= call_sites.IMPLEMENTATIONS.keys()
