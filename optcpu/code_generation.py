@@ -15,7 +15,7 @@ from torch.fx._lazy_graph_module import _LazyGraphModule
 
 import passes
 from optcpu import cpp_ahead, random_numbers
-from optcpu.direct_calls import fused_operators_called_directly
+from optcpu.direct_calls import operators_called_directly
 from optcpu.record import GraphRun, copy_graph
 
 logger = logging.getLogger(__name__)
@@ -28,7 +28,7 @@ def generate(
     graph_run: GraphRun,
 ) -> Any:
     """Generate code: once for blocks that are equal, where Inductor can take that."""
-    with cpp_ahead.kernels_compiled_as_written(), fused_operators_called_directly():
+    with cpp_ahead.kernels_compiled_as_written(), operators_called_directly():
         whole = copy_graph(module.graph)
         try:
             view_to_reshape(module)  # Inductor does this as well, but not to the graphs of blocks

@@ -2,28 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from typing import Any, cast
+from typing import cast
 
 import torch
 from torch import Tensor
 
 from passes import native_attention
 from passes.native_attention import empty_by_rows, empty_results
-
-_LIBRARY = torch.library.Library("optcpu", "FRAGMENT")
-_TAGS = (torch.Tag.needs_fixed_stride_order, torch.Tag.pt2_compliant_tag)
-
-_LIBRARY.define(
-    "attention(Tensor query, Tensor key, Tensor value, Tensor? mask, bool causal, float scale) "
-    "-> (Tensor, Tensor)",
-    tags=_TAGS,
-)
-_LIBRARY.define(
-    "attention_backward(Tensor gradient, Tensor query, Tensor key, Tensor value, Tensor output, "
-    "Tensor logsumexp, Tensor? mask, bool causal, float scale) -> (Tensor, Tensor, Tensor)",
-    tags=_TAGS,
-)
+from passes.operators import COMPILED_AS_LAID_OUT, define
 
 
 def _attention(
@@ -68,15 +54,17 @@ def _fake_attention_backward(
     return empty_by_rows(query), empty_by_rows(key), empty_by_rows(value)
 
 
-# What the operators do, by their names in ``torch.ops.optcpu``.
-IMPLEMENTATIONS: dict[str, Callable[..., Any]] = {
-    "attention": _attention,
-    "attention_backward": _attention_backward,
-}
-for _name, _implementation in IMPLEMENTATIONS.items():
-    _LIBRARY.impl(_name, _implementation, "CPU")
-torch.library.register_fake("optcpu::attention", _fake_attention, lib=_LIBRARY)
-torch.library.register_fake("optcpu::attention_backward", _fake_attention_backward, lib=_LIBRARY)
-
-attention = torch.ops.optcpu.attention.default
-attention_backward = torch.ops.optcpu.attention_backward.default
+attention = define(
+    "attention(Tensor query, Tensor key, Tensor value, Tensor? mask, bool causal, float scale) "
+    "-> (Tensor, Tensor)",
+    _attention,
+    _fake_attention,
+    COMPILED_AS_LAID_OUT,
+)
+attention_backward = define(
+    "attention_backward(Tensor gradient, Tensor query, Tensor key, Tensor value, Tensor output, "
+    "Tensor logsumexp, Tensor? mask, bool causal, float scale) -> (Tensor, Tensor, Tensor)",
+    _attention_backward,
+    _fake_attention_backward,
+    COMPILED_AS_LAID_OUT,
+)

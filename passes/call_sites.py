@@ -1,4 +1,4 @@
-"""What generated code calls in place of a fused operator.
+"""What generated code calls in place of an operator of ours.
 
 On its way through PyTorch's dispatcher to Python, and through the search for the fastest kernel, a call
 takes 30 to 75 us where products have left nothing else in the caches: a twentieth of a step, where layers
@@ -15,25 +15,27 @@ from typing import Any, TypeAlias
 import torch
 from torch import Tensor
 from torch._C._autograd import _profiler_enabled
+from torch._ops import OpOverload
 
-from passes import attention_ops, gemm, im2col, ops, packed
+from passes import gemm, im2col, ops, packed
+from passes.operators import IMPLEMENTATIONS
 
 Run: TypeAlias = Callable[..., Any]
 
 
 class CallSite:
-    """A place that calls a fused operator, with tensors of the same shapes, orders and dtypes each time.
+    """A place that calls an operator, with tensors of the same shapes, orders and dtypes each time.
 
     While a profiler runs the operator itself is called, so that profiles show it.
 
     Args:
-        name: of the operator in ``torch.ops.optcpu``: one of :data:`DIRECT`.
+        name: of the operator in ``torch.ops.optcpu``, which :func:`takes` says can be called directly.
     """
 
     def __init__(self, name: str) -> None:
         self._operator = getattr(torch.ops.optcpu, name).default
         self._implementation = IMPLEMENTATIONS[name]
-        self._settle = DIRECT[name]
+        self._settle = _SETTLING.get(name)
         self._run = self._implementation
         self._settled_for: object = None
 
@@ -41,6 +43,8 @@ class CallSite:
         """What the operator gives for these arguments, to the bit."""
         if _profiler_enabled():
             return self._operator(*arguments)
+        if self._settle is None:
+            return self._implementation(*arguments)
         present = _circumstances()
         if self._settled_for == present:
             return self._run(*arguments)
@@ -118,22 +122,20 @@ def _convolution_backward(*arguments: Any) -> Run:
     return run
 
 
-def _only(name: str) -> Callable[..., Run]:
-    """For an operator that has one kernel."""
-    return lambda *_: IMPLEMENTATIONS[name]
+def takes(operator: OpOverload) -> bool:
+    """Whether ``operator`` is one of ours, and writes to no operand, which the dispatcher takes note of."""
+    ours = operator.namespace == "optcpu" and operator._opname in IMPLEMENTATIONS
+    return ours and not operator._schema.is_mutable
 
 
-IMPLEMENTATIONS: dict[str, Run] = ops.IMPLEMENTATIONS | attention_ops.IMPLEMENTATIONS
-
-# What finds the kernels for the arguments of an operator, by its name.
-DIRECT: dict[str, Callable[..., Run]] = {
+# What finds the kernels for the arguments of an operator, by its name, where there is a choice.
+_SETTLING: dict[str, Callable[..., Run]] = {
     "mm": _mm,
     "linear": _linear,
     "linear_add": _linear_add,
     "linear_backward": _linear_backward,
     "convolution": im2col.fastest_convolution,
     "convolution_backward": _convolution_backward,
-    **{name: _only(name) for name in ("max_pool_backward", *attention_ops.IMPLEMENTATIONS)},
 }
 
-__all__ = ["DIRECT", "CallSite"]
+__all__ = ["CallSite", "takes"]

@@ -28,14 +28,9 @@ from passes.graph import (
     only_user,
     value,
 )
+from passes.operators import COMPILED, define
 
 EMBEDDING_BACKWARD = aten.embedding_dense_backward.default
-
-_LIBRARY = torch.library.Library("optcpu", "FRAGMENT")
-_ARGUMENTS = "Tensor rows, Tensor values, int padding"
-_TAGS = (torch.Tag.pt2_compliant_tag,)
-_LIBRARY.define(f"add_rows(Tensor table, {_ARGUMENTS}) -> Tensor", tags=_TAGS)
-_LIBRARY.define(f"add_rows_(Tensor(a!) table, {_ARGUMENTS}) -> ()", tags=_TAGS)
 
 
 def _add_rows_(table: Tensor, rows: Tensor, values: Tensor, padding: int) -> None:
@@ -66,23 +61,18 @@ def _add_rows(table: Tensor, rows: Tensor, values: Tensor, padding: int) -> Tens
     return result
 
 
-_LIBRARY.impl("add_rows", _add_rows, "CPU")
-_LIBRARY.impl("add_rows_", _add_rows_, "CPU")
-torch.library.register_fake(
-    "optcpu::add_rows",
-    lambda table, rows, values, padding: torch.empty_like(
-        table, memory_format=torch.contiguous_format
-    ),
-    lib=_LIBRARY,
+_ARGUMENTS = "Tensor rows, Tensor values, int padding"
+add_rows = define(
+    f"add_rows(Tensor table, {_ARGUMENTS}) -> Tensor",
+    _add_rows,
+    lambda table, *_: torch.empty_like(table, memory_format=torch.contiguous_format),
+    COMPILED,
 )
-torch.library.register_fake(
-    "optcpu::add_rows_", lambda table, rows, values, padding: None, lib=_LIBRARY
+add_rows_ = define(
+    f"add_rows_(Tensor(a!) table, {_ARGUMENTS}) -> ()", _add_rows_, lambda *_: None, COMPILED
 )
 
 _LEAST_NUMBERS = 4096
-
-add_rows = torch.ops.optcpu.add_rows.default
-add_rows_ = torch.ops.optcpu.add_rows_.default
 
 
 @dataclass(frozen=True, repr=False)

@@ -14,9 +14,7 @@ from torch import Tensor, fx
 
 from passes.base import Pass
 from passes.graph import aten, calls, cast, convert, dtype, emit, is_cast
-
-_LIBRARY = torch.library.Library("optcpu", "FRAGMENT")
-_LIBRARY.define("join(Tensor high, Tensor low) -> Tensor")
+from passes.operators import define
 
 
 def _join(high: Tensor, low: Tensor) -> Tensor:
@@ -24,12 +22,11 @@ def _join(high: Tensor, low: Tensor) -> Tensor:
     return bits.view(torch.float32)
 
 
-_LIBRARY.impl("join", _join, "CPU")
-torch.library.register_fake(
-    "optcpu::join", lambda high, low: torch.empty_like(high, dtype=torch.float32), lib=_LIBRARY
+join = define(
+    "join(Tensor high, Tensor low) -> Tensor",
+    _join,
+    lambda high, low: torch.empty_like(high, dtype=torch.float32),
 )
-
-join = torch.ops.optcpu.join.default
 
 
 def joined(high: Tensor, low: Tensor) -> Tensor:

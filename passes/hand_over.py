@@ -15,15 +15,11 @@ import torch
 from torch import Tensor, fx
 
 from passes.graph import dtype, is_cast, may_alias, value
+from passes.operators import define
 
 Receiver = Callable[[int, Tensor], None]
 # For each value that forward saves, by name: of which of the captured graph's inputs it is the memory.
 Origins = Mapping[str, frozenset[int]]
-
-_LIBRARY = torch.library.Library("optcpu", "FRAGMENT")
-# Said to write to the weight, so that generated code reads it before; and to have an effect at all.
-_LIBRARY.define("hand_over(Tensor gradient, int input, Tensor(a!)[] weight) -> ()")
-
 
 # The attribute of an autograd node that runs a backward graph: who gets what that hands over.
 _RECEIVER = "optcpu_receiver"
@@ -49,10 +45,12 @@ def _hand_over(gradient: Tensor, input: int, weight: Sequence[Tensor]) -> None:
     receiver(input, gradient)
 
 
-_LIBRARY.impl("hand_over", _hand_over, "CPU")
-torch.library.register_fake("optcpu::hand_over", lambda gradient, input, weight: None, lib=_LIBRARY)
-
-hand_over = torch.ops.optcpu.hand_over.default
+# Said to write to the weight, so that generated code reads it before; and to have an effect at all.
+hand_over = define(
+    "hand_over(Tensor gradient, int input, Tensor(a!)[] weight) -> ()",
+    _hand_over,
+    lambda gradient, input, weight: None,
+)
 
 
 def origins(forward: fx.Graph) -> Origins:

@@ -15,12 +15,7 @@ from torch import Tensor, fx
 
 from passes.base import Pass
 from passes.graph import VIEWS, aten, calls, dtype, emit, is_call, size_argument, value
-
-_LIBRARY = torch.library.Library("optcpu", "FRAGMENT")
-_LIBRARY.define(
-    "checked_index(Tensor index, SymInt size, bool wraps, str place) -> Tensor",
-    tags=(torch.Tag.pt2_compliant_tag,),
-)
+from passes.operators import COMPILED, define
 
 
 def _checked_index(index: Tensor, size: int, wraps: bool, place: str) -> Tensor:
@@ -46,14 +41,12 @@ def _checked_index(index: Tensor, size: int, wraps: bool, place: str) -> Tensor:
     return index.clone()
 
 
-_LIBRARY.impl("checked_index", _checked_index, "CPU")
-torch.library.register_fake(
-    "optcpu::checked_index",
+checked_index = define(
+    "checked_index(Tensor index, SymInt size, bool wraps, str place) -> Tensor",
+    _checked_index,
     lambda index, size, wraps, place: torch.empty_like(index),
-    lib=_LIBRARY,
+    COMPILED,
 )
-
-checked_index = torch.ops.optcpu.checked_index.default
 
 # Give all elements of a tensor another order or shape, or have them several times. (Where only a part is
 # taken, the rest may be anything: another column of features, say.)

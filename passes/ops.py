@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 from torch._prims_common import suggest_memory_format
 
-from passes import native, packed
+from passes import im2col, native, packed
 from passes.gemm import (
     NO_POST_OP,
     Kernel,
@@ -29,9 +29,7 @@ from passes.gemm import (
     packed_for,
     shape_key,
 )
-from passes.im2col import convolution as _convolution
-from passes.im2col import convolution_backward as _convolution_backward
-from passes.im2col import native_convolution
+from passes.operators import COMPILED, COMPILED_AS_LAID_OUT, define
 
 Saved = Literal["output", "input"]
 
@@ -77,43 +75,6 @@ ACTIVATIONS: dict[str, Activation] = {
     ),
     "silu": Activation(_aten.silu.default, _aten.silu_backward.default, ("swish", [], ""), "input"),
 }
-
-_LIBRARY = torch.library.Library("optcpu", "DEF")
-_TAGS = (torch.Tag.needs_fixed_stride_order, torch.Tag.pt2_compliant_tag)
-
-_LIBRARY.define("mm(Tensor a, Tensor b) -> Tensor", tags=_TAGS)
-_LIBRARY.define(
-    "linear(Tensor x, Tensor weight, Tensor? bias, str activation) -> Tensor", tags=_TAGS
-)
-_LIBRARY.define(
-    "linear_saving_input(Tensor x, Tensor weight, Tensor? bias, str activation) -> (Tensor, Tensor)",
-    tags=_TAGS,
-)
-_LIBRARY.define(
-    "linear_add(Tensor x, Tensor weight, Tensor? bias, Tensor residual) -> Tensor", tags=_TAGS
-)
-_LIBRARY.define(
-    "linear_backward(Tensor gradient, Tensor? saved, Tensor x, Tensor? weight, str activation, "
-    "bool needs_bias, ScalarType weight_dtype) -> (Tensor, Tensor, Tensor)",
-    tags=_TAGS,
-)
-
-_LIBRARY.define(
-    "max_pool_backward(Tensor gradient, SymInt[] size, int[] kernel_size, int[] stride, int[] padding, "
-    "int[] dilation, bool ceil_mode, Tensor indices) -> Tensor",
-    tags=_TAGS,
-)
-
-_LIBRARY.define(
-    "convolution(Tensor x, Tensor weight, int[] stride, int[] padding) -> Tensor",
-    tags=(torch.Tag.pt2_compliant_tag,),  # laid out as passes/convolution.py says
-)
-_LIBRARY.define(
-    "convolution_backward(Tensor gradient, Tensor x, Tensor weight, SymInt[]? bias_sizes, SymInt[] stride, "
-    "SymInt[] padding, SymInt[] dilation, bool transposed, SymInt[] output_padding, SymInt groups, "
-    "bool[3] wanted) -> (Tensor, Tensor, Tensor)",
-    tags=_TAGS,
-)
 
 
 def _mm(a: Tensor, b: Tensor) -> Tensor:
@@ -362,47 +323,49 @@ def _fake_linear_backward(
     )
 
 
-# What the operators do, by their names in ``torch.ops.optcpu``.
-IMPLEMENTATIONS: dict[str, Callable[..., Any]] = {
-    "mm": _mm,
-    "linear": _linear,
-    "linear_saving_input": _linear_saving_input,
-    "linear_add": _linear_add,
-    "linear_backward": _linear_backward,
-    "convolution": _convolution,
-    "convolution_backward": _convolution_backward,
-    "max_pool_backward": _max_pool_backward,
-}
-for _name, _implementation in IMPLEMENTATIONS.items():
-    _LIBRARY.impl(_name, _implementation, "CPU")
+_define = functools.partial(define, tags=COMPILED_AS_LAID_OUT)
 
-torch.library.register_fake("optcpu::mm", lambda a, b: _fake_product(a, b.shape[1]), lib=_LIBRARY)
-torch.library.register_fake(
-    "optcpu::linear", lambda x, weight, *_: _fake_product(x, weight.shape[0]), lib=_LIBRARY
+mm = _define("mm(Tensor a, Tensor b) -> Tensor", _mm, lambda a, b: _fake_product(a, b.shape[1]))
+linear_op = _define(
+    "linear(Tensor x, Tensor weight, Tensor? bias, str activation) -> Tensor",
+    _linear,
+    lambda x, weight, *_: _fake_product(x, weight.shape[0]),
 )
-torch.library.register_fake(
-    "optcpu::linear_saving_input",
+linear_saving_input = _define(
+    "linear_saving_input(Tensor x, Tensor weight, Tensor? bias, str activation) -> (Tensor, Tensor)",
+    _linear_saving_input,
     lambda x, weight, *_: (
         _fake_product(x, weight.shape[0]),
         _fake_product(x, weight.shape[0]),
     ),
-    lib=_LIBRARY,
 )
-torch.library.register_fake(
-    "optcpu::linear_add", lambda x, weight, *_: _fake_product(x, weight.shape[0]), lib=_LIBRARY
+linear_add = _define(
+    "linear_add(Tensor x, Tensor weight, Tensor? bias, Tensor residual) -> Tensor",
+    _linear_add,
+    lambda x, weight, *_: _fake_product(x, weight.shape[0]),
 )
-torch.library.register_fake("optcpu::linear_backward", _fake_linear_backward, lib=_LIBRARY)
-torch.library.register_fake("optcpu::convolution", native_convolution, lib=_LIBRARY)
-torch.library.register_fake(
-    "optcpu::convolution_backward", _aten.convolution_backward.default, lib=_LIBRARY
+linear_backward = _define(
+    "linear_backward(Tensor gradient, Tensor? saved, Tensor x, Tensor? weight, str activation, "
+    "bool needs_bias, ScalarType weight_dtype) -> (Tensor, Tensor, Tensor)",
+    _linear_backward,
+    _fake_linear_backward,
 )
-torch.library.register_fake("optcpu::max_pool_backward", _empty_max_pool_backward, lib=_LIBRARY)
-
-mm = torch.ops.optcpu.mm.default
-linear_op = torch.ops.optcpu.linear.default
-linear_saving_input = torch.ops.optcpu.linear_saving_input.default
-linear_add = torch.ops.optcpu.linear_add.default
-linear_backward = torch.ops.optcpu.linear_backward.default
-convolution = torch.ops.optcpu.convolution.default
-convolution_backward = torch.ops.optcpu.convolution_backward.default
-max_pool_backward = torch.ops.optcpu.max_pool_backward.default
+convolution = define(
+    "convolution(Tensor x, Tensor weight, int[] stride, int[] padding) -> Tensor",
+    im2col.convolution,
+    im2col.native_convolution,
+    COMPILED,  # laid out as passes/convolution.py says
+)
+convolution_backward = _define(
+    "convolution_backward(Tensor gradient, Tensor x, Tensor weight, SymInt[]? bias_sizes, SymInt[] stride, "
+    "SymInt[] padding, SymInt[] dilation, bool transposed, SymInt[] output_padding, SymInt groups, "
+    "bool[3] wanted) -> (Tensor, Tensor, Tensor)",
+    im2col.convolution_backward,
+    _aten.convolution_backward.default,
+)
+max_pool_backward = _define(
+    "max_pool_backward(Tensor gradient, SymInt[] size, int[] kernel_size, int[] stride, int[] padding, "
+    "int[] dilation, bool ceil_mode, Tensor indices) -> Tensor",
+    _max_pool_backward,
+    _empty_max_pool_backward,
+)

@@ -13,25 +13,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from passes.operators import COMPILED_AS_LAID_OUT, LIBRARY, define
 from passes.recurrent_steps import GATES, SAVED, Kind, Rows, backward, forward
 
 aten = torch.ops.aten
-
-_LIBRARY = torch.library.Library("optcpu", "FRAGMENT")
-_TAGS = (torch.Tag.needs_fixed_stride_order, torch.Tag.pt2_compliant_tag)
-
-_LIBRARY.define(
-    "recurrent_steps(Tensor inputs, Tensor? sizes, Tensor weight, Tensor? bias, Tensor state, "
-    "Tensor? cell, str kind, bool reverse, bool saves) "
-    "-> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)",
-    tags=_TAGS,
-)
-_LIBRARY.define(
-    "recurrent_steps_backward(Tensor output, Tensor last_state, Tensor last_cell, Tensor? sizes, "
-    "Tensor weight, Tensor? cell, Tensor saved, Tensor previous, Tensor cells, str kind, "
-    "bool reverse, bool wants_state) -> (Tensor, Tensor, Tensor, Tensor)",
-    tags=_TAGS,
-)
 
 
 def padded(kind: Kind) -> Callable[..., Any]:
@@ -306,12 +291,22 @@ def _gradients(ctx: Any, *gradients: Tensor) -> tuple[Any, ...]:
     return of_inputs, None, of_weight, of_bias, of_state, of_cell, None, None, None
 
 
-_LIBRARY.impl("recurrent_steps", _steps, "CPU")
-_LIBRARY.impl("recurrent_steps_backward", _steps_backward, "CPU")
-torch.library.register_fake("optcpu::recurrent_steps", _empty_steps, lib=_LIBRARY)
-torch.library.register_fake("optcpu::recurrent_steps_backward", _empty_backward, lib=_LIBRARY)
-torch.library.register_autograd(
-    "optcpu::recurrent_steps", _gradients, setup_context=_save, lib=_LIBRARY
+recurrent_steps = define(
+    "recurrent_steps(Tensor inputs, Tensor? sizes, Tensor weight, Tensor? bias, Tensor state, "
+    "Tensor? cell, str kind, bool reverse, bool saves) "
+    "-> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)",
+    _steps,
+    _empty_steps,
+    COMPILED_AS_LAID_OUT,
 )
-recurrent_steps = torch.ops.optcpu.recurrent_steps.default
-recurrent_steps_backward = torch.ops.optcpu.recurrent_steps_backward.default
+recurrent_steps_backward = define(
+    "recurrent_steps_backward(Tensor output, Tensor last_state, Tensor last_cell, Tensor? sizes, "
+    "Tensor weight, Tensor? cell, Tensor saved, Tensor previous, Tensor cells, str kind, "
+    "bool reverse, bool wants_state) -> (Tensor, Tensor, Tensor, Tensor)",
+    _steps_backward,
+    _empty_backward,
+    COMPILED_AS_LAID_OUT,
+)
+torch.library.register_autograd(
+    "optcpu::recurrent_steps", _gradients, setup_context=_save, lib=LIBRARY
+)
