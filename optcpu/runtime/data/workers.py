@@ -7,6 +7,7 @@ import math
 import os
 import time
 from itertools import islice
+from pathlib import Path
 from typing import NamedTuple, cast
 
 from optcpu.cpu import capabilities
@@ -18,6 +19,8 @@ _WORTH_A_WORKER, _WORTH_BUSY_CORES = 5e-3, 40e-3
 _USUAL_STEP = 20e-3
 _MOST_THAT_WAIT = 8  # processes, each of which holds batches and memory of its own
 _PROBES, _PROBE_SECONDS = 3, 0.2
+
+_SCHEDULED = Path("/proc/thread-self/schedstat")  # nanoseconds on a core, and in the queue for one
 
 
 class FetchTime(NamedTuple):
@@ -74,9 +77,11 @@ def fetch_time(batches: SeededBatches, sampler: ResumableBatchSampler) -> FetchT
         if not probed.steps_after(probed.consumed):
             probed.consumed = 0
         for batch in islice(probed, _PROBES):
-            started, computed = time.perf_counter(), time.process_time()
+            # Where others use the cores as well, the time until this thread had one counts for neither.
+            started, computed = time.perf_counter() - _seconds_in_queue(), time.process_time()
             batches.__getitems__(cast(Batch, batch))
-            times.append((time.perf_counter() - started, time.process_time() - computed))
+            ended = time.perf_counter() - _seconds_in_queue()
+            times.append((ended - started, time.process_time() - computed))
             if sum(seconds for seconds, _ in times) > _PROBE_SECONDS:
                 break
     except Exception:
@@ -85,3 +90,11 @@ def fetch_time(batches: SeededBatches, sampler: ResumableBatchSampler) -> FetchT
     # Several threads can compute for longer than that takes.
     waiting = max(0.0, seconds - computing)
     return FetchTime(seconds - waiting, waiting)
+
+
+def _seconds_in_queue() -> float:
+    """How long this thread has been waiting for a core since it began; 0 where the system does not tell."""
+    try:
+        return int(_SCHEDULED.read_text().split()[1]) / 1e9
+    except (OSError, ValueError, IndexError):
+        return 0.0

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import time
 import warnings
+from pathlib import Path
 
 import pytest
 import torch
 from torch import Tensor
 from torch.utils.data import TensorDataset
 
+from optcpu.runtime.data import workers
 from optcpu.runtime.data.loaders import make_loader
 from optcpu.runtime.data.loading import Feed
 from optcpu.runtime.data.workers import FetchTime, choose_workers, fetch_time
@@ -72,6 +74,29 @@ class TestWorkers:
         loader = make_loader(Slow(), 4, workers=0)
         fetching = fetch_time(loader.dataset, loader.batch_sampler)
         assert fetching.waiting >= 0.1 > fetching.computing
+
+    def test_the_queue_for_a_busy_core_is_no_waiting(
+        self, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+    ) -> None:
+        told = tmp_path / "schedstat"
+
+        class Queued(Augmented):
+            """Each sample is told to have stood in the queue for as long as it took."""
+
+            queued = 0
+
+            def __getitem__(self, index: int) -> Tensor:
+                time.sleep(0.01)
+                Queued.queued += 10**7
+                told.write_text(f"0 {Queued.queued} 0")
+                return super().__getitem__(index)
+
+        loader = make_loader(Queued(), 4, workers=0)
+        told.write_text("0 0 0")
+        monkeypatch.setattr(workers, "_SCHEDULED", told)
+        assert fetch_time(loader.dataset, loader.batch_sampler).waiting < 0.02
+        monkeypatch.setattr(workers, "_SCHEDULED", tmp_path / "missing")
+        assert fetch_time(loader.dataset, loader.batch_sampler).waiting > 0.03
 
     def test_what_training_fetches_next_is_measured_or_the_beginning_behind_the_last(self) -> None:
         fetched: list[int] = []
