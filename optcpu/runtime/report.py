@@ -85,7 +85,7 @@ class Reporter:
         if made:
             position.losses.append(loss)
         self._interval_samples += samples
-        position.open_row = dict(row)  # before a callback adds what it likes
+        position.open_row = row | self._rate()  # before a callback adds what it likes
         if position.step % self._interval == 0:
             self._end_interval()
         tell(run, self._trainer, "on_step_end", row)
@@ -118,11 +118,14 @@ class Reporter:
     def _row(self, last: dict[str, float]) -> dict[str, float]:
         """About the interval so far, of which ``last`` tells the last step."""
         losses = self._run.position.losses or [last["loss"]]  # of steps that were made, if any was
-        row = last | {"loss": math.fsum(losses) / len(losses)}
-        if self._interval_samples:  # else all were before this run went on
-            seconds = time.perf_counter() - self._interval_started
-            row["samples_per_second"] = self._interval_samples / seconds
-        return row
+        return last | {"loss": math.fsum(losses) / len(losses)} | self._rate()
+
+    def _rate(self) -> dict[str, float]:
+        """Of the interval so far; nothing where all of its steps were before this run went on."""
+        if not self._interval_samples:
+            return {}
+        seconds = time.perf_counter() - self._interval_started
+        return {"samples_per_second": self._interval_samples / seconds}
 
     def _estimate(self, samples: int) -> tuple[float | None, float | None]:
         """Samples a second in steps of ``samples``, and the seconds until the end of the run."""

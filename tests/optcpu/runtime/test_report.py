@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -10,6 +11,7 @@ import pytest
 from training import Losses, logged_rows, small_data, small_trainer
 
 from optcpu.runtime.clock import Clock
+from optcpu.runtime.finish import Finisher
 from optcpu.runtime.plan import Plan
 from optcpu.runtime.report import Reporter
 
@@ -123,3 +125,22 @@ def test_a_run_that_is_made_longer_has_the_rows_of_a_long_one(
         steps = [row["step"] for row in logged_rows(tmp_path / "longer" / "log")]
         assert steps == sorted({*range(every_steps, 2 * epochs + 1, every_steps), 2 * epochs})
     assert logged_rows(tmp_path / "longer" / "log") == logged_rows(tmp_path / "long" / "log")
+
+
+def test_the_last_row_has_its_rate_where_a_kill_came_between_the_last_step_and_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def killed(_: Finisher) -> None:
+        raise KeyboardInterrupt
+
+    settings = {"log": tmp_path / "log", "checkpoints": tmp_path / "checkpoints"}
+    trainer = small_trainer(**settings)
+    with monkeypatch.context() as patch:
+        patch.setattr(Finisher, "end", killed)
+        with pytest.raises(KeyboardInterrupt):
+            trainer.train()
+    small_trainer(**settings).train()
+    *_, last = (tmp_path / "log" / "metrics.jsonl").read_text().splitlines()
+    row = json.loads(last)
+    assert row["step"] == 4
+    assert row["samples_per_second"] > 0
