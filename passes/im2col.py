@@ -161,13 +161,7 @@ def fastest_backward(gradient: Tensor, x: Tensor, weight: Tensor, *geometry: Any
     if of_input and is_worth_a_product(_places(gradient), weight):
         by_name["products"] = functools.partial(_products, there)
     runs = {name: functools.partial(way, gradient, x, weight) for name, way in by_name.items()}
-    sizes = [
-        tuple(x.shape),
-        tuple(weight.shape),
-        tuple(there.stride),
-        tuple(there.padding),
-        len(runs),
-    ]
+    sizes = [*map(tuple, (x.shape, weight.shape, there.stride, there.padding)), len(runs)]
     key = f"convolution backward {sizes} {str(x.dtype)[6:]} {torch.get_num_threads()}"
     return by_name[choose(key, runs, preferred="native")]
 

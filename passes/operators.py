@@ -14,8 +14,8 @@ from torch._ops import OpOverload
 
 LIBRARY = torch.library.Library("optcpu", "DEF")
 
-# What is said of operators by default: that PyTorch's compiler takes them, and must not change how their
-# operands lie in memory.
+# What an operator may say of itself: that PyTorch's compiler can take it, and that this must not change how
+# the operands lie in memory.
 COMPILED = (torch.Tag.pt2_compliant_tag,)
 COMPILED_AS_LAID_OUT = (torch.Tag.needs_fixed_stride_order, *COMPILED)
 

@@ -38,7 +38,6 @@ def make_loader(
     collate_fn: Collate | None = None,
     rank: int = 0,
     world_size: int = 1,
-    step_seconds: float | None = None,
 ) -> DataLoader[Any]:
     """A loader whose batches depend on the arguments and the epoch alone.
 
@@ -61,7 +60,6 @@ def make_loader(
         collate_fn: makes a batch of a list of samples; None is PyTorch's ``default_collate``.
         rank: this process, in 0..world_size - 1.
         world_size: number of processes that share the samples.
-        step_seconds: what training takes for a batch, if known.
 
     Raises:
         TypeError: ``dataset`` has no length, or an argument is of a wrong type.
@@ -97,7 +95,7 @@ def make_loader(
     )
     batches = SeededBatches(dataset, collate_fn, seed)
     if workers == "auto":
-        return _loader_of(ChosenLoader, batches, sampler, _choose(batches, sampler, step_seconds))
+        return _loader_of(ChosenLoader, batches, sampler, _choose(batches, sampler))
     return _loader_of(DataLoader, batches, sampler, workers)
 
 
@@ -117,7 +115,7 @@ class ChosenLoader(DataLoader[Any]):
 
 
 def _choose(
-    batches: SeededBatches, sampler: ResumableBatchSampler, step_seconds: float | None
+    batches: SeededBatches, sampler: ResumableBatchSampler, step_seconds: float | None = None
 ) -> int:
     return choose_workers(
         fetch_time(batches, sampler),

@@ -88,7 +88,6 @@ class Feed:
         if length_of(data) == 0:
             raise ValueError("the training data are empty: give at least one batch")
         self._source = source_of(data)
-        self._chosen = data if isinstance(data, ChosenLoader) else None
         self._once = isinstance(data, Iterator)
         self.epoch = 0
         self.batches_done = 0
@@ -168,13 +167,14 @@ class Feed:
         Args:
             step_seconds: what training takes for a batch.
         """
-        if self._chosen is None:
+        source = self._source
+        if not isinstance(source, SampledSource) or not isinstance(source.loader, ChosenLoader):
             return
-        loader = self._chosen.chosen_for(step_seconds)
-        if loader.num_workers <= self._chosen.num_workers:
+        loader = source.loader.chosen_for(step_seconds)
+        if loader.num_workers <= source.loader.num_workers:
             return
         self.put_back(self.state_dict())  # which ends the processes that are there
-        self._chosen, self._source = loader, source_of(loader)
+        self._source = source_of(loader)
 
     def next_epoch(self) -> None:
         """Go to the beginning of the next epoch."""

@@ -68,7 +68,7 @@ class Source(abc.ABC):
 class SampledSource(Source):
     """A loader of :func:`optcpu.runtime.data.loaders.make_loader`: the sampler begins wherever it is told.
 
-    Args:
+    Attributes:
         loader: of :class:`SeededBatches`, with a :class:`ResumableBatchSampler`.
     """
 
@@ -76,7 +76,7 @@ class SampledSource(Source):
 
     def __init__(self, loader: DataLoader[Any]) -> None:
         assert isinstance(loader.batch_sampler, ResumableBatchSampler)
-        self._loader, self._sampler = loader, loader.batch_sampler
+        self.loader, self._sampler = loader, loader.batch_sampler
         # The sampler's own state is ahead of training where worker processes fetch ahead of time.
         self._state = self._sampler.state_dict()
 
@@ -90,10 +90,10 @@ class SampledSource(Source):
     def _from(self, state: dict[str, Any]) -> Iterator[Any]:
         self._state = state
         self._sampler.load_state_dict(state)
-        return iter(self._loader)
+        return iter(self.loader)
 
     def end_workers(self) -> None:
-        end_workers(self._loader)
+        end_workers(self.loader)
 
     def passed(self) -> bool:
         share = self._sampler.share(self._state["consumed"])

@@ -971,6 +971,6 @@ def test_where_steps_wait_for_their_data_more_processes_load_them() -> None:
         return trainer
 
     trainer = train("auto")
-    loader = trainer._feed._source._loader  # type: ignore[attr-defined]
+    loader = trainer._feed._source.loader  # type: ignore[attr-defined]
     assert loader.num_workers > 1  # as for a step of 20 ms
     assert_equal(tensors_of(trainer), tensors_of(train(0)))
